@@ -1,0 +1,1432 @@
+"""From text to masked batches: everything RoBERTa reads passes through this file, top to bottom.
+
+    text files -> documents -> sentences -> token ids -> shards on disk -> sequences -> masked batches
+
+    python data.py prepare --corpus books/ wiki.jsonl.xz --out prepared    # train a tokenizer, write shards
+    python data.py prepare --out prepared             # the same from the documentation installed here
+    torchrun train.py --data prepared
+
+Two ideas carry the file. Text becomes numbers once, in `prepare`, and is memory-mapped afterwards. And every
+random draw (which tokens are masked, in which order sequences come) is a pure function of integers, `draw`,
+never of how far some generator has run: resuming is exact, any number of ranks sees the same data, and the
+static masking of §4.1 is dynamic masking with `epoch % 10`.
+
+Legend: B sequences of a micro-batch, T tokens of a sequence, M predicted positions, V vocabulary, S sequences
+of an epoch. This file needs no torch, so that its worker processes start at once and stay small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import functools
+import gc
+import gzip
+import hashlib
+import heapq
+import importlib.util
+import inspect
+import io
+import json
+import lzma
+import multiprocessing
+import os
+import queue
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import typing
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import regex  # Unicode classes for the pre-tokenisation; tiktoken brings it along
+import tiktoken
+
+# ----------------------------------------------------------------------------------------------------------
+# Documents: .txt, .jsonl, either of them compressed, or the documentation installed on this machine
+# ----------------------------------------------------------------------------------------------------------
+
+TEXT_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz")
+MAX_DOCUMENT_BYTES = 100_000  # a .txt without blank lines is cut at line ends: memory stays constant
+PART_BYTES = 64 << 20  # a larger plain file is read by several workers, each a part of about this size
+
+
+class Part(NamedTuple):
+    """A byte range of an input file, from one document boundary to another; a compressed file is whole."""
+
+    path: str
+    begin: int
+    end: int
+
+
+def find_parts(corpus: Iterable[str | Path], part_bytes: int = PART_BYTES) -> list[Part]:
+    """Returns the corpus as parts for parallel workers, files in the order of their names, large ones cut.
+
+    Raises: ValueError where a path is missing or a directory holds no text.
+    """
+    files: list[Path] = []
+    for path in map(Path, corpus):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or directory")
+        found = [path] if path.is_file() else [p for p in path.rglob("*") if p.name.endswith(TEXT_ENDINGS)]
+        if not found:
+            raise ValueError(f"{path}: no text here; files must end in one of {' '.join(TEXT_ENDINGS)}")
+        files += sorted(found)
+    return [part for file in files for part in _cut(file, part_bytes)]
+
+
+def _cut(path: Path, part_bytes: int) -> Iterator[Part]:
+    """Cuts a plain file behind a blank line, .jsonl behind any line; a compressed one can't be cut."""
+    size, begin = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while size - begin > 2 * part_bytes and path.suffix not in (".gz", ".xz"):
+            file.seek(begin + part_bytes)
+            file.readline()
+            give_up = file.tell() + MAX_DOCUMENT_BYTES  # a document so long is cut at a line's end anyway
+            while path.suffix != ".jsonl" and file.tell() < give_up and file.readline().strip():
+                pass
+            if file.tell() >= size:
+                break
+            yield Part(str(path), begin, file.tell())
+            begin = file.tell()
+    yield Part(str(path), begin, size)
+
+
+def read_documents(path: str | Path, begin: int = 0, end: int | None = None) -> Iterator[str]:
+    """Yields the documents of a file, or of a byte range of it, holding one of them at a time.
+
+    `.jsonl`: one object a line, its "text" field. Anything else is text: blank lines separate documents, line
+    ends become "\\n". `.gz` and `.xz` are unpacked on the way.
+
+    Raises: ValueError naming file and byte where a line is not UTF-8 or no object with a "text" string.
+    """
+    path, position = Path(path), begin
+    packed = path.suffix in (".gz", ".xz")
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    is_json = (path.with_suffix("") if packed else path).suffix == ".jsonl"
+    lines, size = [], 0
+    try:
+        with opener(path, "rb") as file:
+            file.seek(begin)
+            for raw in file:
+                if end is not None and not packed and position >= end:
+                    break
+                line = raw.decode("utf-8").rstrip("\r\n")
+                line = line.removeprefix("\ufeff") if position == 0 else line  # a byte-order mark is no text
+                if is_json and line.strip():
+                    yield _text_of_row(line)
+                elif line.strip():
+                    lines.append(line)
+                    size += len(raw)
+                if lines and (not line.strip() or size > MAX_DOCUMENT_BYTES):
+                    yield "\n".join(lines)
+                    lines, size = [], 0
+                position += len(raw)
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path}: unreadable, damaged or cut short at byte {position} ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: the line at byte {position} is not UTF-8 ({error.reason}); convert the "
+                         "file first, for example with: iconv -f LATIN1 -t UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: the line at byte {position} is unusable: {error}") from None
+    if lines:
+        yield "\n".join(lines)
+
+
+def _text_of_row(line: str) -> str:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError('a row must be an object with a "text" string')
+    row["text"].encode("utf-8")  # JSON can spell lone surrogates: fail here, where the place is known
+    return row["text"]
+
+
+# A first run needs nothing but the machine: these are packages that the requirements bring along.
+DOCUMENTED_PACKAGES = """torch sympy networkx numpy matplotlib fontTools mpmath setuptools pip PIL pyparsing
+    fsspec jinja2 packaging urllib3 dateutil requests pygments _pytest contourpy tiktoken""".split()
+
+
+def documentation_files() -> list[Path]:
+    """Returns the Python sources whose docstrings are the default corpus: standard library and dependencies.
+
+    Tests and vendored copies are left out: they hold little English and take much of the parsing time.
+    """
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    for name in DOCUMENTED_PACKAGES:
+        spec = importlib.util.find_spec(name)  # finds a top-level package without running any of its code
+        roots += map(Path, spec.submodule_search_locations or []) if spec else []
+    skip = {"tests", "test", "testing", "_vendor", "idlelib", "site-packages", "dist-packages"}
+    files = [(root, file) for root in roots for file in sorted(root.rglob("*.py"))]
+    return [file for root, file in files if not skip & set(file.relative_to(root).parts)]
+
+
+def docstrings(path: Path) -> str:
+    """Returns the docstrings of a Python source as one document, in their order; "" where there are none.
+
+    The source is parsed, never imported. A file that this interpreter cannot parse counts as empty.
+    """
+    source = path.read_text(encoding="utf-8", errors="ignore")
+    if 3 * '"' not in source and 3 * "'" not in source:
+        return ""  # a quarter of the files: not worth parsing
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node, False)]
+    nodes.sort(key=lambda node: node.body[0].lineno)
+    return "\n\n".join(inspect.cleandoc(ast.get_docstring(node, False)) for node in nodes)
+
+
+# A sentence ends after . ! or ? with any closing quotes and brackets, before white space that leads to
+# anything but a lowercase letter; and before a blank line. The white space stays with the sentence that it
+# introduces.
+SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*(?=\s+[^\sa-z])|\S(?=\s*?\n\s*\n\s*\S)""")
+
+
+def split_sentences(document: str) -> list[str]:
+    """Returns the document's sentences. Joined they are the document; each boundary is a pre-token's, too.
+
+    CHOICE: the paper packs "full sentences" without saying how they are found. This rule also cuts behind
+    "Mr.", which costs a boundary and no token.
+
+    >>> split_sentences('He left. "Why?" she asked. At 3.5 it rained.')
+    ['He left.', ' "Why?" she asked.', ' At 3.5 it rained.']
+    """
+    bounds = [0, *(match.end() for match in SENTENCE_END.finditer(document)), len(document)]
+    return [document[a:b] for a, b in zip(bounds, bounds[1:]) if a < b]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The tokenizer: byte-level BPE (§4.4, GPT-2 §2.2) in RoBERTa's id layout
+# ----------------------------------------------------------------------------------------------------------
+
+BOS, PAD, EOS, UNK = range(4)  # fairseq's order; the mask is the vocabulary's last id
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+NUM_SPECIALS = len(SPECIAL_TOKENS)
+
+# GPT-2's pre-tokenisation: contractions, then words, numbers and punctuation, each with one space before it,
+# then the rest of the white space. Possessive quantifiers (++) match what GPT-2's match, without
+# backtracking.
+PRETOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# GPT-2 writes each byte as a visible character: printable Latin-1 as itself, the others from U+0100 on. This
+# list is in the order of those characters, in which GPT-2 and Hugging Face number the 256 byte units.
+BYTE_ORDER = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_ORDER += [byte for byte in range(256) if byte not in BYTE_ORDER]
+BYTE_TO_CHAR = {byte: chr(byte if i < 188 else 0x100 + i - 188) for i, byte in enumerate(BYTE_ORDER)}
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def spell(token: bytes) -> str:
+    """Returns a token as vocab.json and merges.txt write it.
+
+    >>> spell(" é".encode())
+    'ĠÃ©'
+    """
+    return "".join(BYTE_TO_CHAR[byte] for byte in token)
+
+
+def unspell(token: str) -> bytes:
+    """Returns the token that `spell` wrote. Raises: ValueError for a character that stands for no byte."""
+    if strange := set(token) - CHAR_TO_BYTE.keys():
+        raise ValueError(f"token {token!r} holds {strange.pop()!r}, which spells no byte: not byte-level BPE")
+    return bytes(CHAR_TO_BYTE[char] for char in token)
+
+
+class Tokenizer:
+    """Byte-level BPE: any string to ids and back, exactly; no unknown token, no normalisation (§4.4).
+
+    tiktoken does the work. It knows a token by its rank, the order in which the merges were learned; one
+    table turns whole arrays of ranks into ids, for fairseq ordered RoBERTa's ids by frequency, not by rank.
+
+    vocab: token, spelled as by `spell`, to id; the specials are among them. merges: pairs so spelled, in
+    order.
+    Raises: ValueError where the specials are not at RoBERTa's places, or a merge makes a token without an id.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]]):
+        self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.mask_id = self.vocab_size - 1
+        for token, place in zip(SPECIAL_TOKENS, (BOS, PAD, EOS, UNK, self.mask_id)):
+            if vocab.get(token) != place:
+                raise ValueError(f"{token} has id {vocab.get(token)} in this vocabulary of {self.vocab_size} "
+                                 f"units, in RoBERTa's layout {place}; it is another model's")
+        if len(set(vocab.values())) != len(vocab):
+            raise ValueError(f"{len(vocab)} tokens share {len(set(vocab.values()))} ids in this vocabulary")
+        ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_ORDER)}
+        for left, right in self.merges:
+            ranks.setdefault(unspell(left) + unspell(right), len(ranks))  # two merges may make the same token
+        if missing := [spell(token) for token in ranks if spell(token) not in vocab]:
+            raise ValueError(f"the merges make {missing[0]!r}, which the {self.vocab_size} units lack")
+        self.rank_to_id = np.array([vocab[spell(token)] for token in ranks], dtype=np.int64)
+        # Ids that no rank leads to, the specials and fairseq's madeupword padding, decode to their names.
+        self.id_to_bytes = [b""] * self.vocab_size
+        for token, index in vocab.items():
+            self.id_to_bytes[index] = token.encode("utf-8")
+        for token, index in zip(ranks, self.rank_to_id):
+            self.id_to_bytes[index] = token
+        self.byte_lengths = np.array([len(token) for token in self.id_to_bytes])
+        # tiktoken is told of no special tokens: a document with the characters "</s>" means these characters.
+        self._bpe = tiktoken.Encoding("roberta", pat_str=PRETOKEN, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, without `<s>` and `</s>`. Raises: ValueError for lone surrogates."""
+        return self.encode_to_numpy(text).tolist()
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """Returns the same as an int64 array, made without a Python object for each token."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"character {error.start} is {text[error.start]!a}, a lone surrogate, no text; "
+                             'text.encode("utf-8", "replace").decode() has a "?" in its place') from None
+        try:
+            ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # tiktoken's regex engine overflows on white space of a million characters that leads to text. The
+            # last such character begins a pre-token, so the text may be cut before it.
+            cuts = [0, *(match.end() - 1 for match in re.finditer(r"\s{1000,}(?=\S)", text)), len(text)]
+            pieces = [text[a:b] for a, b in zip(cuts, cuts[1:])]
+            ranks = np.concatenate([self._bpe.encode_to_numpy(p, disallowed_special=()) for p in pieces])
+        return self.rank_to_id[ranks]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids, exactly what was encoded; specials by name, invalid UTF-8 as U+FFFD."""
+        return b"".join(self.id_to_bytes[index] for index in ids).decode("utf-8", errors="replace")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of vocabulary and merges: tokenizers that share it give the same ids."""
+        content = json.dumps([sorted(self.vocab.items(), key=lambda item: item[1]), self.merges])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes GPT-2's two files, vocab.json and merges.txt, and what Hugging Face's classes want."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
+        merges = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
+        settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False}
+        write_atomically(directory / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
+        write_atomically(directory / "merges.txt", ("\n".join(merges) + "\n").encode())
+        write_atomically(directory / "tokenizer_config.json", json.dumps(settings).encode())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Tokenizer:
+        """Reads vocab.json and merges.txt, or fairseq's encoder.json, vocab.bpe and dict.txt.
+
+        They may also lie where a run directory or a prepared directory has them. Raises: ValueError.
+        """
+        directory = Path(directory)
+        for place in (directory, directory / "checkpoint", directory / "tokenizer"):
+            if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
+                return cls(_read_json(place / "vocab.json"), _read_merges(place / "merges.txt"))
+            if all((place / name).is_file() for name in ("encoder.json", "vocab.bpe", "dict.txt")):
+                # A line of dict.txt is a GPT-2 id and a count; its number, behind four specials, is RoBERTa's
+                # id.
+                names = {str(index): token for token, index in _read_json(place / "encoder.json").items()}
+                lines = (place / "dict.txt").read_text("utf-8").splitlines()
+                entries = [line.split(" ")[0] for line in lines]
+                tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
+                return cls({token: i for i, token in enumerate(tokens)}, _read_merges(place / "vocab.bpe"))
+        raise ValueError(f"{directory}: no tokenizer here; it takes vocab.json and merges.txt, or fairseq's "
+                         "encoder.json, vocab.bpe and dict.txt")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, not JSON ({error})") from None
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    if broken := [merge for merge in merges if len(merge) != 2]:
+        raise ValueError(f"{path}: a merge has two parts, but a line holds {' '.join(broken[0])!r}")
+    return merges
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that after any crash is the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Learning the merges
+# ----------------------------------------------------------------------------------------------------------
+
+
+def count_pretokens(documents: Iterable[str]) -> Counter[str]:
+    """Returns how often each pre-token occurs: all that BPE needs, since it never merges across pre-tokens.
+
+    Before every space that leads to a non-space there is a boundary. Cutting there with Python's plain `re`,
+    and running the Unicode pattern on each different piece once, takes half the time of running it on all.
+    """
+    pieces: Counter[str] = Counter()
+    for document in documents:
+        pieces.update(re.split(r"(?= \S)", document))
+    counts: Counter[str] = Counter()
+    pretokens = regex.compile(PRETOKEN).findall
+    for piece, count in pieces.items():
+        for pretoken in pretokens(piece):
+            counts[pretoken] += count
+    return counts
+
+
+def train_bpe(
+    documents: Iterable[str], vocab_size: int, min_frequency: int = 2, workers: int = 1
+) -> Tokenizer:
+    """Learns byte-level BPE (§4.4): 5 specials, 256 bytes, and as many merges as fill `vocab_size`.
+
+    Pre-tokens are counted in `workers` processes. A pair seen fewer than `min_frequency` times is not merged,
+    so a small corpus yields fewer units. Merges, ties included, equal those of Hugging Face's trainer.
+    Raises: ValueError where `vocab_size` leaves no room for the bytes.
+    """
+
+    def batches(characters: int = 2_000_000) -> Iterator[tuple[list[str]]]:
+        batch, size = [], 0
+        for document in documents:
+            batch.append(document)
+            size += len(document)
+            if size > characters:
+                yield (batch,)
+                batch, size = [], 0
+        yield (batch,)
+
+    counts: Counter[str] = Counter()
+    for part in run_jobs(count_pretokens, batches(), workers):
+        counts.update(part)
+    return learn_merges(counts, vocab_size, min_frequency)
+
+
+def learn_merges(counts: Counter[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+    """BPE proper (Sennrich et al. 2016, §3.2): merge the most frequent pair of neighbours, again and again.
+
+    Three things make it fast. A unit is one character, chr(its number), and a word a string of them: counting
+    and merging are string operations. Each pair knows the words it occurs in, and no others are touched. A
+    heap holds the pairs by count; an entry that is out of date is put back with its true count when it comes
+    up. Ties go to the lower unit numbers, the bytes being numbered in BYTE_ORDER, as in Hugging Face's
+    trainer.
+    """
+    if vocab_size < NUM_SPECIALS + 256:
+        raise ValueError(f"vocab_size {vocab_size} is too small: {NUM_SPECIALS} specials and 256 bytes make "
+                         f"{NUM_SPECIALS + 256}, and every merge adds one")
+    units = [bytes([byte]) for byte in BYTE_ORDER]
+    number = {unit: i for i, unit in enumerate(units)}
+    as_units = {byte: i for i, byte in enumerate(BYTE_ORDER)}
+    words = [pretoken.encode("utf-8").decode("latin-1").translate(as_units) for pretoken in counts]
+    frequency = list(counts.values())
+
+    pair_count: defaultdict[str, int] = defaultdict(int)
+    words_of: defaultdict[str, set[int]] = defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in map(str.__add__, word, word[1:]):
+            pair_count[pair] += frequency[index]
+            words_of[pair].add(index)
+    heap = [(-pair_count[pair], pair, where) for pair, where in words_of.items()]
+    heapq.heapify(heap)
+    merges: list[tuple[str, str]] = []
+    with garbage_collector_off():
+        while heap and len(units) < vocab_size - NUM_SPECIALS:
+            negative_count, pair, where = heapq.heappop(heap)
+            if -negative_count != pair_count[pair]:
+                heapq.heappush(heap, (-pair_count[pair], pair, where))
+                continue
+            if -negative_count < min_frequency:
+                break
+            left, right = (units[ord(unit)] for unit in pair)
+            merges.append((spell(left), spell(right)))
+            if left + right not in number:  # else two merges make the same unit, as ab+c and a+bc do
+                number[left + right] = len(units)
+                units.append(left + right)
+            arose = _merge(pair, chr(number[left + right]), where, words, frequency, pair_count)
+            for new_pair, seen_in in arose.items():
+                if pair_count[new_pair] > 0:
+                    heapq.heappush(heap, (-pair_count[new_pair], new_pair, set(seen_in)))
+
+    tokens = [*SPECIAL_TOKENS[:4], *map(spell, units), "<mask>"]
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, merges)
+
+
+def _merge(pair: str, new: str, where: Iterable[int], words: list[str], frequency: list[int],
+           pair_count: defaultdict[str, int]) -> dict[str, list[int]]:
+    """Makes `pair` one unit in the words `where`; returns the pairs that arose, each with its words.
+
+    `pair_count` is kept true, but for `pair` itself, which nobody asks for again.
+    """
+    first, second = pair
+    arose: defaultdict[str, list[int]] = defaultdict(list)
+    for index in where:
+        rest = words[index].split(pair)
+        if len(rest) == 1:
+            continue  # an earlier merge took the pair out of this word
+        count = frequency[index]
+        words[index] = new.join(rest)
+        before = rest[0]
+        for place, after in enumerate(rest[1:], 2):
+            if before:
+                pair_count[before[-1] + first] -= count
+                pair_count[before[-1] + new] += count
+                arose[before[-1] + new].append(index)
+            # If the pair follows on itself, the neighbour is, for now, still the next one's first unit.
+            neighbour = after[:1] or (first if place < len(rest) else "")
+            if neighbour:
+                pair_count[second + neighbour] -= count
+                pair_count[new + neighbour] += count
+                arose[new + neighbour].append(index)
+            before = after or new
+    return arose
+
+
+@contextlib.contextmanager
+def garbage_collector_off() -> Iterator[None]:
+    """Pauses Python's cycle collector, which would walk millions of new objects again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# prepare: documents become token shards, in parallel, restartable at any point
+# ----------------------------------------------------------------------------------------------------------
+
+FORMAT_VERSION = 1
+TRAIN, HELD_OUT, DUPLICATE = range(3)  # what becomes of a document
+SPLITS = ("train", "heldout")
+
+
+def flag(default: Any, help: str, source: str = "") -> Any:
+    """A dataclass field that is also a command-line flag: default, meaning with its unit, source."""
+    return dataclasses.field(default=default, metadata={"help": help + (f" [{source}]" if source else "")})
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What `python data.py prepare` is asked to do."""
+
+    corpus: tuple[str, ...] = flag((), "text files or directories; none: the documentation installed here")
+    out: str = flag("prepared", "directory to write")
+    vocab_size: int = flag(50265, "units of the tokenizer to train, specials and bytes included", "§4.4")
+    tokenizer: str | None = flag(None, "directory of a tokenizer to use instead of training one")
+    workers: int = flag(0, "processes; 0: one a core")
+    held_out: float = flag(0.01, "share of the documents kept apart for evaluation, chosen by their hash")
+    bpe_megabytes: int = flag(100, "MB of text, spread over the corpus, to train the tokenizer on")
+
+
+def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
+    """Turns a corpus into token shards in `config.out`; returns that directory, at once if it is complete.
+
+    Three passes: digest every document (to drop exact duplicates, and to choose the held-out ones so that no
+    copy of them is trained on), train the tokenizer, encode. A pass is one independent job for each part of
+    the corpus. A job's result appears under its name only when it is whole, and a job whose result is there
+    is not
+    done again: killed anywhere, the same call finishes the rest. Under torchrun each rank takes its share of
+    the parts and waits for the others' results to appear in the directory, which all must see.
+
+    Raises: ValueError for bad input or where `out` holds something else; OSError where the disk is full.
+    """
+    out, work, workers = Path(config.out), Path(config.out) / "work", config.workers or os.cpu_count() or 1
+    settings = _settings(config)
+    if (out / "manifest.json").exists():
+        _compare_settings(out, _read_json(out / "manifest.json")["settings"], settings)
+        say(f"{out} is prepared already", rank)
+        return out
+    if rank == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        if (work / "settings.json").exists():
+            _compare_settings(out, _read_json(work / "settings.json"), settings)
+        write_atomically(work / "settings.json", json.dumps(settings).encode())
+    wait_for([work / "settings.json"])
+
+    parts = find_parts(config.corpus or [_harvest(out, workers, rank)])
+    mine = range(rank, len(parts), world_size)
+    digests = [work / f"digests-{i:05d}.npy" for i in range(len(parts))]
+    jobs = [(parts[i], digests[i]) for i in mine if not digests[i].exists()]
+    _run_parts("digest", _digest_part, jobs, workers)
+    wait_for(digests)
+    splits = _assign_splits([np.load(path) for path in digests], config.held_out)
+
+    if rank == 0 and not (out / "tokenizer").exists():
+        given = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer)
+        (given or _learn(config, parts, workers)).save_pretrained(work / "tokenizer")
+        os.replace(work / "tokenizer", out / "tokenizer")
+    wait_for([out / "tokenizer"])
+
+    records = [work / f"encoded-{i:05d}.json" for i in range(len(parts))]
+    jobs = [(parts[i], i, splits[i], out) for i in mine if not records[i].exists()]
+    _run_parts("encode", _encode_part, jobs, workers)
+    wait_for(records)
+    if rank == 0:
+        _write_manifest(out, settings, [_read_json(path) for path in records], np.concatenate(splits))
+        shutil.rmtree(work)
+    wait_for([out / "manifest.json"])
+    return out
+
+
+def _settings(config: PrepareConfig) -> dict:
+    """Returns what the result depends on: calls with equal settings may share work. Checks the values."""
+    if not 0 < config.held_out < 1:
+        raise ValueError(f"held_out {config.held_out} must lie between 0 and 1, for example 0.01")
+    if config.tokenizer is None and config.vocab_size < NUM_SPECIALS + 256:
+        learn_merges(Counter(), config.vocab_size)  # raises now, not after an hour of reading
+    given = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer).fingerprint
+    corpus = find_parts(config.corpus) or "documentation"
+    settings = {"corpus": corpus, "tokenizer": given or config.vocab_size, "held_out": config.held_out,
+                "bpe_megabytes": config.bpe_megabytes}
+    return json.loads(json.dumps(settings))  # as it will be read back, with lists for tuples
+
+
+def _compare_settings(out: Path, before: dict, now: dict) -> None:
+    for key in now:
+        if before.get(key) != now[key]:
+            raise ValueError(f"{out} was prepared with {key} {str(before.get(key))[:200]}, this call asks "
+                             f"for {str(now[key])[:200]}; choose another --out or delete it")
+
+
+def say(message: str, rank: int | None = None) -> None:
+    """Prints for the person watching, once however many ranks there are."""
+    if (int(os.environ.get("RANK", 0)) if rank is None else rank) == 0:
+        print(message, flush=True)
+
+
+def wait_for(paths: Sequence[Path]) -> None:
+    """Returns when all the paths exist: how ranks wait for each other's results without a network."""
+    while not all(path.exists() for path in paths):
+        time.sleep(0.2)
+
+
+def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
+    """Yields function(*job) for every job, in the order of completion, from `workers` processes (1: this
+    one).
+
+    Only a few jobs are taken from the iterator ahead of time. The processes end with this one, even if
+    killed.
+    """
+    if workers <= 1:
+        yield from (function(*job) for job in jobs)
+        return
+    # fork starts in milliseconds, and the functions run here use no thread of the parent's. Elsewhere it is
+    # unsafe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
+    try:
+        running = set()
+        for job in jobs:
+            running.add(pool.submit(function, *job))
+            if len(running) > 2 * workers:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in finished)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)  # an orphan would wait for work for ever: its siblings keep the pipe open
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_parts(what: str, function: Callable, jobs: list[tuple], workers: int) -> None:
+    """Runs a pass over parts of the corpus; reports progress, rate and time left every five seconds or so."""
+    sizes = {job[0]: job[0].end - job[0].begin for job in jobs}
+    total, done, started, reported = sum(sizes.values()), 0, time.monotonic(), time.monotonic()
+    for count, part in enumerate(run_jobs(function, jobs, min(workers, len(jobs))), 1):
+        done += sizes[part]
+        now = time.monotonic()
+        if now - reported > 5 or count == len(jobs):
+            reported, rate = now, done / max(now - started, 1e-9)
+            say(f"{what}: {count}/{len(jobs)} parts, {done / 1e6:.1f}/{total / 1e6:.1f} MB, "
+                f"{rate / 1e6:.1f} MB/s, {(total - done) / rate:.0f} s left")
+
+
+def _harvest(out: Path, workers: int, rank: int) -> Path:
+    """Writes the documentation installed here as .jsonl files, a module a document; returns where."""
+    directory, temporary = out / "documentation", out / ".documentation.tmp"
+    if rank == 0 and not directory.exists():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        files, parts = documentation_files(), 32
+        say(f"reading the documentation in {len(files)} Python files")
+        jobs = [(files[i::parts], temporary / f"part-{i:02d}.jsonl") for i in range(parts)]
+        say(f"found {sum(run_jobs(_harvest_files, jobs, workers)) / 1e6:.1f} MB of it")
+        os.replace(temporary, directory)
+    wait_for([directory])
+    return directory
+
+
+def _harvest_files(files: list[Path], destination: Path) -> int:
+    with garbage_collector_off():
+        documents = [text for text in map(docstrings, files) if text]
+    content = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    write_atomically(destination, content)
+    return len(content)
+
+
+def _digest_part(part: Part, destination: Path) -> Part:
+    """Writes 8 bytes of hash for each document of a part."""
+    documents = read_documents(*part)
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in documents]
+    save_array(destination, np.frombuffer(b"".join(digests), dtype="<u8"))
+    return part
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, array)
+    write_atomically(path, content.getvalue())
+
+
+def _assign_splits(digests: list[np.ndarray], held_out: float) -> list[np.ndarray]:
+    """Returns TRAIN, HELD_OUT or DUPLICATE for each document of each part; the first of equals is kept."""
+    everything = np.concatenate(digests)
+    unique, first = np.unique(everything, return_index=True)
+    if len(unique) < 2:
+        raise ValueError(f"the corpus holds {len(unique)} different documents, it needs 2, one to hold out "
+                         "(blank lines separate the documents of a .txt file)")
+    # Digests are uniform below 2^64. CHOICE: if a small corpus has none below the share, the lowest is held
+    # out.
+    threshold = max(int(held_out * 2**64), int(unique[0]) + 1)
+    if threshold > int(unique[-1]):
+        raise ValueError(f"held_out {held_out} leaves none of {len(unique)} documents to train on; lower it")
+    splits = np.full(len(everything), DUPLICATE, dtype=np.uint8)
+    splits[first] = np.where(unique < np.uint64(threshold), HELD_OUT, TRAIN)
+    return np.split(splits, np.cumsum([len(array) for array in digests])[:-1])
+
+
+def _learn(config: PrepareConfig, parts: list[Part], workers: int) -> Tokenizer:
+    """Trains the tokenizer on the first documents of every part, `bpe_megabytes` in all."""
+    share = config.bpe_megabytes * 1_000_000 // len(parts) + 1
+    counts: Counter[str] = Counter()
+    for part in run_jobs(_count_part, [(part, share) for part in parts], workers):
+        counts.update(part)
+    tokenizer = learn_merges(counts, config.vocab_size)
+    say(f"trained a tokenizer of {tokenizer.vocab_size} units on {len(counts):,} different pre-tokens")
+    if tokenizer.vocab_size < config.vocab_size:
+        say(f"fewer than the {config.vocab_size} asked for: no other pair occurs twice in this corpus")
+    return tokenizer
+
+
+def _count_part(part: Part, characters: int) -> Counter[str]:
+    def sample() -> Iterator[str]:
+        left = characters
+        for document in read_documents(*part):
+            yield document
+            left -= len(document)
+            if left <= 0:
+                return
+
+    return count_pretokens(sample())
+
+
+def encode_document(document: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a document's ids and, for each of its sentences, where it ends among them.
+
+    The document is encoded in one call; the sentences are found again by their bytes, for their boundaries
+    are boundaries of pre-tokens.
+    """
+    sentences, ids = split_sentences(document), tokenizer.encode_to_numpy(document)
+    sizes = map(len, sentences) if document.isascii() else (len(sentence.encode()) for sentence in sentences)
+    token_ends, sentence_ends = np.cumsum(tokenizer.byte_lengths[ids]), np.cumsum(list(sizes))
+    ends = np.searchsorted(token_ends, sentence_ends)
+    assert np.array_equal(token_ends[ends], sentence_ends), "a sentence ends inside a token"
+    return ids, ends + 1
+
+
+class ShardWriter:
+    """Writes a shard: ids, and where among them sentences and documents end. Invisible until `close`."""
+
+    KINDS = ("tokens", "sentences", "documents")
+
+    def __init__(self, directory: Path, name: str, vocab_size: int):
+        self.directory, self.name, self.dtype = directory, name, token_dtype(vocab_size)
+        self.files = {kind: open(directory / f".{name}.{kind}.tmp", "wb") for kind in self.KINDS}
+        self.hashes = {kind: hashlib.sha256() for kind in self.KINDS}
+        self.counts = dict.fromkeys(self.KINDS, 0)
+        self.unigram = np.zeros(vocab_size, dtype=np.int64)
+        self.pending: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, ids: np.ndarray, sentence_ends: np.ndarray) -> None:
+        """Takes one document; writes now and then, a thousand documents at once."""
+        self.pending.append((ids, sentence_ends))
+        if len(self.pending) == 1000:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.pending:
+            return
+        ids = np.concatenate([ids for ids, _ in self.pending])
+        sizes = np.array([len(ids) for ids, _ in self.pending])
+        document_ends = self.counts["tokens"] + np.cumsum(sizes)
+        sentence_ends = [start + ends for start, (_, ends) in zip(document_ends - sizes, self.pending)]
+        for kind, array, dtype in (("tokens", ids, self.dtype), ("documents", document_ends, "<i8"),
+                                   ("sentences", np.concatenate(sentence_ends), "<i8")):
+            content = array.astype(dtype).tobytes()
+            self.files[kind].write(content)
+            self.hashes[kind].update(content)
+            self.counts[kind] += len(array)
+        self.unigram += np.bincount(ids, minlength=len(self.unigram))
+        self.pending = []
+
+    def close(self) -> dict:
+        """Puts the files under their names; returns the shard's entry in the manifest."""
+        self._write()
+        for kind, file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(file.name, self.directory / f"{self.name}.{kind}.bin")
+        return {"name": self.name, "counts": self.counts,
+                "sha256": {kind: value.hexdigest() for kind, value in self.hashes.items()}}
+
+
+def token_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def _encode_part(part: Part, index: int, splits: np.ndarray, out: Path) -> Part:
+    """Writes the part's shards, train and held-out, then the record that says they are whole."""
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
+    writers = [ShardWriter(out, f"{split}-{index:05d}", tokenizer.vocab_size) for split in SPLITS]
+    for split, document in zip(splits.tolist(), read_documents(*part), strict=True):
+        if split != DUPLICATE:
+            writers[split].add(*encode_document(document, tokenizer))
+    record = {split: writer.close() for split, writer in zip(SPLITS, writers)}
+    save_array(out / "work" / f"unigram-{index:05d}.npy", writers[TRAIN].unigram)
+    write_atomically(out / "work" / f"encoded-{index:05d}.json", json.dumps(record).encode())
+    return part
+
+
+def _write_manifest(out: Path, settings: dict, records: list[dict], splits: np.ndarray) -> None:
+    """Writes manifest.json, last of all: a directory that has one is complete."""
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
+    counts = {split: {kind: sum(record[split]["counts"][kind] for record in records)
+                      for kind in ShardWriter.KINDS} for split in SPLITS}
+    duplicates = int((splits == DUPLICATE).sum())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.fingerprint,
+        "counts": counts | {"duplicate_documents_dropped": duplicates},
+        "settings": settings,
+        "shards": {split: [record[split] for record in records if record[split]["counts"]["tokens"]]
+                   for split in SPLITS},
+    }
+    save_array(out / "unigram.npy", sum(map(np.load, sorted((out / "work").glob("unigram-*.npy")))))
+    write_atomically(out / "manifest.json", json.dumps(manifest, indent=1).encode())
+    for split in SPLITS:
+        say(f"{split}: " + ", ".join(f"{counts[split][kind]:,} {kind}" for kind in ShardWriter.KINDS))
+    say(f"dropped {duplicates} duplicate documents; everything is in {out}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading a prepared directory
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Memory-mapped arrays of a shard; `base` is the address of its first token in the whole split."""
+
+    tokens: np.ndarray
+    sentences: np.ndarray  # where each sentence ends, in tokens of this shard
+    documents: np.ndarray  # where each document ends
+    base: int
+
+
+class Corpus:
+    """One split of a prepared directory. Opening it maps files and reads none, whatever their size.
+
+    Addresses are 64-bit token offsets into the split's shards laid end to end.
+    Raises: ValueError, with both values, for another version, another vocabulary or a shard of the wrong
+    size.
+    """
+
+    def __init__(self, directory: str | Path, split: Literal["train", "heldout"] = "train"):
+        self.directory, self.split = Path(directory), split
+        if not (self.directory / "manifest.json").is_file():
+            unfinished = (self.directory / "work").exists()
+            raise ValueError(f"{directory}: " + ("its preparation is unfinished; run the same command again"
+                             if unfinished else "no manifest.json; make one with `python data.py prepare`"))
+        self.manifest = _read_json(self.directory / "manifest.json")
+        if (version := self.manifest.get("format_version")) != FORMAT_VERSION:
+            raise ValueError(f"{directory}: format version {version}, this program reads {FORMAT_VERSION}; "
+                             "prepare the corpus again")
+        self.tokenizer = Tokenizer.from_pretrained(self.directory / "tokenizer")
+        if (found := self.tokenizer.fingerprint) != self.manifest["tokenizer"]:
+            raise ValueError(f"{directory}: tokenizer/ holds {found}, the shards were made with "
+                             f"{self.manifest['tokenizer']}; put the right one back or prepare again")
+        self.vocab_size = self.tokenizer.vocab_size
+        self.unigram = np.load(self.directory / "unigram.npy")  # (V,) counts of ids in the train split
+        self.shards: list[Shard] = []
+        self.num_tokens = 0
+        for entry in self.manifest["shards"][split]:
+            arrays = [self._map(entry, kind) for kind in ShardWriter.KINDS]
+            self.shards.append(Shard(*arrays, base=self.num_tokens))
+            self.num_tokens += entry["counts"]["tokens"]
+        if not self.shards:
+            raise ValueError(f"{directory}: the {split} split is empty; prepare more text")
+        self._bases = np.array([shard.base for shard in self.shards])
+
+    def _path(self, entry: dict, kind: str) -> Path:
+        return self.directory / f"{entry['name']}.{kind}.bin"
+
+    def _map(self, entry: dict, kind: str) -> np.ndarray:
+        path, dtype = self._path(entry, kind), np.dtype(self.manifest["dtype"] if kind == "tokens" else "<i8")
+        expected = entry["counts"][kind] * dtype.itemsize
+        found = path.stat().st_size if path.exists() else "no"
+        if found != expected:
+            raise ValueError(f"{path}: {found} bytes, the manifest says {expected}; prepare the corpus again")
+        return np.memmap(path, dtype, mode="r")
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compares this rank's share of the shards with their checksums. Raises: ValueError naming it."""
+        for entry in self.manifest["shards"][self.split][rank::world_size]:
+            for kind in ShardWriter.KINDS:
+                path, expected = self._path(entry, kind), entry["sha256"][kind]
+                if (found := checksum(path)) != expected:
+                    raise ValueError(f"{path}: altered since it was written (sha256 {found[:12]}, the "
+                                     f"manifest says {expected[:12]}); prepare the corpus again")
+
+    def read(self, begin: int, end: int, separators: bool = False) -> np.ndarray:
+        """Returns the ids at addresses [begin, end) of one shard; with `</s>` between documents if asked."""
+        shard = self.shards[np.searchsorted(self._bases, begin, side="right") - 1]
+        begin, end = begin - shard.base, end - shard.base
+        ids = shard.tokens[begin:end].astype(np.int64)
+        if separators:
+            inside = slice(*np.searchsorted(shard.documents, [begin + 1, end]))
+            ids = np.insert(ids, shard.documents[inside] - begin, EOS)
+        return ids
+
+
+def checksum(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Random draws as pure functions
+# ----------------------------------------------------------------------------------------------------------
+
+# The key after the seed says what a draw is for, so that no two purposes share one.
+ORDER_STREAM, MASK_STREAM, PAIR_STREAM, DROPOUT_STREAM = range(4)
+
+
+def draw(*keys: int | np.ndarray) -> np.ndarray:
+    """Returns 64 random bits for every combination of the keys, which broadcast: always the same ones.
+
+    A hash in place of a generator: the finaliser of splitmix64 (Steele et al. 2014), once for each key.
+
+    >>> draw(0, MASK_STREAM, np.arange(2)) >> np.uint64(56)
+    array([135, 172], dtype=uint64)
+    """
+    state = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+        for key in keys:
+            state = state + np.asarray(key).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the numbers in [0, size) that stand at the places `index` of an epoch's random order.
+
+    A Feistel network permutes the numbers below the next power of four; a result beyond `size` is permuted
+    again until it falls inside (cycle walking). The order of a billion sequences costs no memory this way,
+    and any place in it can be looked up alone.
+
+    >>> sorted(permute(np.arange(5), 5, seed=1, epoch=0).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    result = np.asarray(index).astype(np.uint64)
+    outside = np.ones(result.shape, dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> half, result[outside] & low
+        for round_ in range(6):
+            left, right = right, left ^ (draw(seed, ORDER_STREAM, epoch, round_, right) & low)
+        result[outside] = left << half | right
+        outside = result >= np.uint64(size)
+    return result.astype(np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# pack: sentences become sequences of at most T tokens, in the four formats of §4.2
+# ----------------------------------------------------------------------------------------------------------
+
+InputFormat = Literal["full-sentences", "doc-sentences", "segment-pair", "sentence-pair"]
+PAIR_FORMATS = ("segment-pair", "sentence-pair")
+STRETCH = 1 << 20  # tokens after which FULL-SENTENCES begins a fresh sequence, see `pack`
+
+
+def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_format: InputFormat) -> np.ndarray:
+    """Returns the token ranges [begin, end) that a shard's sequences, or segments of pairs, are made of: (S,
+    2).
+
+    sentences, documents: where each ends, in tokens. A range is the longest run of whole sentences that fits;
+    together the ranges are the shard, each token once. A sentence that does not fit alone is split.
+
+    FULL-SENTENCES runs on across documents, at the cost of a separator. DOC-SENTENCES and the segments of
+    SEGMENT-PAIR stop at a document's end. A segment of SENTENCE-PAIR is one sentence.
+    CHOICE: BERT cuts a pair at a random place. Here each segment gets half of the room, so that segments can
+    be exchanged between pairs, for NSP's negatives, without one being too long or a token being lost.
+
+    >>> pack(np.array([3, 5, 9]), np.array([5, 9]), seq_len=8, input_format="full-sentences").tolist()
+    [[0, 5], [5, 9]]
+    """
+    # <s> A </s></s> B </s>, or <s> A </s>
+    room = (seq_len - 4) // 2 if input_format in PAIR_FORMATS else seq_len - 2
+    if room < 1:
+        raise ValueError(f"seq_len {seq_len} leaves no room for text beside the special tokens; try 128")
+    begins, ends = _split_long(np.asarray(sentences), room)
+    if input_format == "sentence-pair":
+        return np.stack([begins, ends], axis=1)
+
+    # Runs are found one after the other, but independently in each stretch of text: so all stretches advance
+    # together, a run at a time. A stretch is a document; for FULL-SENTENCES, the documents that end within
+    # the same million tokens, which costs one short sequence in thousands. A run that begins with sentence i
+    # may include j if reach[j] is at most the room behind i; for each document between them, reach counts a
+    # separator.
+    document = np.searchsorted(documents, begins, side="right")
+    across = input_format == "full-sentences"
+    separators = document if across else np.zeros_like(document)
+    stretch = np.asarray(documents)[document] // STRETCH if across else document
+    reach = ends + separators
+    first = np.flatnonzero(np.diff(stretch, prepend=-1))
+    last = np.append(first[1:], len(stretch))
+    runs = []
+    while len(first):
+        limit = begins[first] + separators[first] + room
+        after = np.minimum(np.searchsorted(reach, limit, side="right"), last)
+        runs.append(np.stack([begins[first], ends[after - 1]], axis=1))
+        first, last = after[after < last], last[after < last]
+    result = np.concatenate(runs)
+    return result[np.argsort(result[:, 0])]
+
+
+def _split_long(sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns begins and ends of the sentences, those longer than `room` cut into pieces of `room`."""
+    begins = np.concatenate([[0], sentences[:-1]])
+    pieces = -(-(sentences - begins) // room)
+    owner = np.repeat(np.arange(len(sentences)), pieces)
+    number = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    piece_begins = begins[owner] + number * room
+    return piece_begins, np.minimum(piece_begins + room, sentences[owner])
+
+
+class EpochSequences(NamedTuple):
+    """One epoch's sequences: token ranges (S, 2) of their first, and in pair formats second segments."""
+
+    first: np.ndarray
+    second: np.ndarray | None = None
+    is_random: np.ndarray | None = None  # (S,) NSP's label: 0 = it follows the first, 1 = it does not
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(S,) text tokens of each sequence: those that may be masked."""
+        segments = [self.first] if self.second is None else [self.first, self.second]
+        return sum(segment[:, 1] - segment[:, 0] for segment in segments)
+
+
+class Sequences:
+    """The sequences of a corpus in one input format; in the pair formats they are paired anew every epoch."""
+
+    def __init__(self, corpus: Corpus, input_format: InputFormat, seq_len: int):
+        self.corpus, self.input_format, self.seq_len = corpus, input_format, seq_len
+        packed = [pack(shard.sentences, shard.documents, seq_len, input_format) for shard in corpus.shards]
+        self.ranges = np.concatenate([ranges + shard.base for ranges, shard in zip(packed, corpus.shards)])
+        self.is_pairs = input_format in PAIR_FORMATS
+        self.special_tokens = 4 if self.is_pairs else 2  # of a sequence, separators between documents apart
+        self._last_epoch: tuple[tuple[int, int], EpochSequences] | None = None
+        if self.is_pairs:
+            ends = np.concatenate([shard.documents + shard.base for shard in corpus.shards])
+            if len(ends) < 2:
+                raise ValueError(f"{corpus.directory}: NSP's negatives need two documents, the "
+                                 f"{corpus.split} split has one; prepare more text")
+            self.documents = np.searchsorted(ends, self.ranges[:, 0], side="right")  # (S,) of each segment
+
+    def epoch(self, seed: int, epoch: int) -> EpochSequences:
+        """Returns an epoch's sequences, a pure function of (seed, epoch)."""
+        if not self.is_pairs:
+            return EpochSequences(self.ranges)
+        if self._last_epoch is None or self._last_epoch[0] != (seed, epoch):
+            first, second, is_random = pair_up(self.documents, seed, epoch)
+            found = EpochSequences(self.ranges[first], self.ranges[second], is_random)
+            self._last_epoch = (seed, epoch), found
+        return self._last_epoch[1]
+
+    def token_ids(self, sequences: EpochSequences, index: int) -> tuple[np.ndarray, int]:
+        """Returns a sequence with its special tokens, and where its second segment begins (or would)."""
+        separators = self.input_format == "full-sentences"
+        ids = [[BOS], self.corpus.read(*sequences.first[index], separators), [EOS]]
+        second_at = sum(map(len, ids))
+        if sequences.second is not None:
+            ids += [[EOS], self.corpus.read(*sequences.second[index]), [EOS]]
+        return np.concatenate(ids), second_at
+
+
+def pair_up(documents: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns an epoch's NSP pairs: first segments, second segments, and 1 where the second is a random one.
+
+    Neighbours in a document make the positives. So many of these pairs, drawn anew each epoch, are broken up
+    that both kinds are equally frequent (§2): their segments, and those without a neighbour, are shuffled and
+    make the negatives, always from two documents. Every segment is fed once; one left without a partner is
+    fed beside a repeated one. Where most documents have one segment, negatives prevail, as by BERT's own
+    rule.
+
+    documents: (N,) which document each segment is from, ascending, at least two different ones.
+    """
+    count = len(documents)
+    place = np.arange(count) - np.searchsorted(documents, documents)  # of a segment in its document
+    has_next = np.append(documents[1:] == documents[:-1], False)
+    pairs = np.flatnonzero((place % 2 == 0) & has_next)
+    singles = np.flatnonzero((place % 2 == 0) & ~has_next)
+    broken = max(0, (len(pairs) - len(singles) // 2) // 2)
+    pairs = pairs[np.argsort(draw(seed, PAIR_STREAM, epoch, 0, pairs))]
+    singles = np.concatenate([singles, pairs[:broken], pairs[:broken] + 1])
+    pairs = np.sort(pairs[broken:])
+
+    singles = singles[np.argsort(draw(seed, PAIR_STREAM, epoch, 1, singles))]
+    half = len(singles) // 2
+    first, second, alone = singles[:half], singles[half : 2 * half], list(singles[2 * half :])
+    for i in np.flatnonzero(documents[first] == documents[second]):
+        # Exchange the second segment with the next pair for which, and for whose, the documents differ then.
+        others = np.roll(np.arange(half), -i)
+        fits = documents[second[others]] != documents[first[i]]
+        fits &= documents[first[others]] != documents[second[i]]
+        if fits.any():
+            other = others[fits.argmax()]
+            second[[i, other]] = second[[other, i]]
+    unlike = documents[first] != documents[second]
+    alone += [*first[~unlike], *second[~unlike]]
+    # Beside a segment left alone: the first one of the next document, which behind the last is the first
+    # again.
+    beside = np.searchsorted(documents, documents[alone], side="right") % count
+    first = np.concatenate([pairs, first[unlike], np.array(alone, dtype=np.int64)])
+    second = np.concatenate([pairs + 1, second[unlike], beside])
+    return first, second, (np.arange(len(first)) >= len(pairs)).astype(np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Masking (§2, §4.1)
+# ----------------------------------------------------------------------------------------------------------
+
+IGNORED = -100  # the label of a position that is not predicted
+STATIC_MASKS = 10  # §4.1: for static masking the data is duplicated ten times
+
+
+def predictions_of(sizes: np.ndarray, mlm_probability: float) -> np.ndarray:
+    """Returns how many of a sequence's text tokens are predicted: the rounded share, not a coin for each."""
+    return np.rint(mlm_probability * np.asarray(sizes)).astype(np.int64)
+
+
+def mask_tokens(
+    input_ids: np.ndarray,
+    sequence: np.ndarray,
+    epoch: int | np.ndarray,
+    *,
+    seed: int,
+    vocab_size: int,
+    masking: Literal["dynamic", "static"] = "dynamic",
+    mlm_probability: float = 0.15,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns input_ids with masks, and labels, both (B, T): a pure function of (seed, epoch, sequence,
+    position).
+
+    Of the n text tokens in a row exactly round(0.15 n) are predicted (§2): 80 % of these become `<mask>`, 10
+    % stay, 10 % become a random token. Special tokens are neither chosen nor drawn. labels hold the original
+    id where a token is predicted and -100 elsewhere.
+
+    input_ids: (B, T), padded. sequence, epoch: (B,) which sequence a row is and how often it was fed before.
+
+    >>> ids = np.array([[0, 10, 11, 12, 13, 14, 15, 16, 2, 1]])
+    >>> masked, labels = mask_tokens(ids, np.array([3]), 0, seed=0, vocab_size=50)
+    >>> masked.tolist(), np.flatnonzero(labels != -100).tolist()
+    ([[0, 10, 11, 12, 13, 49, 15, 16, 2, 1]], [5])
+    """
+    if masking == "static":
+        epoch = np.asarray(epoch) % STATIC_MASKS  # all that sets the two apart (§4.1, Table 1)
+    mask_id, first_unit = vocab_size - 1, UNK + 1
+    positions = np.arange(input_ids.shape[1])
+    keys = np.asarray(sequence)[:, None], np.broadcast_to(epoch, len(input_ids))[:, None]
+    bits = draw(seed, MASK_STREAM, *keys, positions)  # (B, T)
+
+    # The text tokens with the lowest draws are chosen. The position in the low bits leaves no ties.
+    maskable = (input_ids >= first_unit) & (input_ids != mask_id)
+    count = predictions_of(maskable.sum(1), mlm_probability)
+    priority = bits >> np.uint64(20) << np.uint64(20) | positions.astype(np.uint64)
+    priority = np.where(maskable, priority, np.uint64(2**64 - 1))
+    highest = np.take_along_axis(np.sort(priority, axis=1), np.maximum(count - 1, 0)[:, None], axis=1)
+    chosen = (priority <= highest) & (count > 0)[:, None]
+    labels = np.where(chosen, input_ids, IGNORED)
+
+    # What becomes of a chosen token: the upper half of a second draw decides the kind, the lower half which
+    # token.
+    fate = draw(bits[chosen])  # (M,)
+    share = (fate >> np.uint64(32)) / 2**32
+    random_token = (fate & np.uint64(2**32 - 1)) % np.uint64(mask_id - first_unit) + np.uint64(first_unit)
+    original = input_ids[chosen]
+    masked = input_ids.copy()
+    other = np.where(share < 0.9, random_token.astype(np.int64), original)
+    masked[chosen] = np.where(share < 0.8, mask_id, other)
+    return masked, labels
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Order and batches
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads. Shapes are constant in FULL-SENTENCES and vary in the other formats."""
+
+    input_ids: np.ndarray  # (B, T) int64
+    attention_mask: np.ndarray  # (B, T) bool, True = real token
+    positions: np.ndarray  # (M,) int64, where predictions are made, as b * T + t
+    labels: np.ndarray  # (M,) int64, the tokens that stood there; -100 fills up to a constant M
+    token_type_ids: np.ndarray | None  # (B, T) int64, 1 in the second segment; None without pairs
+    next_sentence_labels: np.ndarray | None  # (B,) int64, 1 = random; None without pairs
+    num_tokens: int  # real tokens, padding apart
+
+
+class Step(NamedTuple):
+    """A rank's share of an optimiser step, and what the losses of the whole step are divided by."""
+
+    epoch: float  # passes over the data before this step
+    batches: list[Batch]  # this rank's micro-batches
+    num_predictions: int  # of all ranks and micro-batches: each rank can tell from the order, none has to ask
+    num_sequences: int
+
+
+class Batches:
+    """The order of the data: `step(n)` is a pure function of (seed, n, rank), whatever was asked before.
+
+    An epoch feeds every sequence once, in a new order. FULL-SENTENCES takes `batch_size` sequences a step and
+    runs on over the end of an epoch. The other formats have shorter sequences, so a step takes as many as
+    hold the tokens of `batch_size` full ones (§4.2), sorted by length to pad little.
+
+    batch_size: sequences a step, over all ranks. Raises: ValueError where it does not divide.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        masking: Literal["dynamic", "static"] = "dynamic",
+        mlm_probability: float = 0.15,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if batch_size % (micro_batch_size * world_size):
+            fitting = [n for n in range(1, micro_batch_size) if batch_size % (n * world_size) == 0]
+            product = micro_batch_size * world_size
+            advice = f"micro_batch_size {fitting[-1]}" if fitting else f"batch_size {product}"
+            raise ValueError(f"micro_batch_size {micro_batch_size} x world_size {world_size} = {product} "
+                             f"does not divide batch_size {batch_size}; try {advice}")
+        self.sequences, self.batch_size, self.micro_batch_size = sequences, batch_size, micro_batch_size
+        self.seed, self.masking, self.mlm_probability = seed, masking, mlm_probability
+        self.rank, self.world_size = rank, world_size
+        self.num_micro_batches = batch_size // (micro_batch_size * world_size)
+        self.fixed = sequences.input_format == "full-sentences"
+        tokens = (sequences.epoch(seed, 0).sizes + sequences.special_tokens).sum()
+        self.steps_per_epoch = max(1, round(tokens / (batch_size * sequences.seq_len)))
+        self._last_order: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def step(self, step: int) -> Step:
+        """Returns this rank's micro-batches of a step."""
+        if self.fixed:
+            size = len(self.sequences.ranges)
+            epochs, places = np.divmod(step * self.batch_size + np.arange(self.batch_size), size)
+            index = [permute(places[epochs == e], size, self.seed, int(e)) for e in np.unique(epochs)]
+            index, passes = np.concatenate(index), step * self.batch_size / size
+        else:
+            epoch, number = divmod(step, self.steps_per_epoch)
+            order, bounds = self._variable_order(epoch)
+            index, passes = order[bounds[number] : bounds[number + 1]], step / self.steps_per_epoch
+            index = index[np.argsort(self.sequences.epoch(self.seed, epoch).sizes[index], kind="stable")]
+            epochs = np.full(len(index), epoch)
+        sizes = self.sequences.epoch(self.seed, int(epochs[0])).sizes[index]
+        groups = self._groups(sizes)[self.rank :: self.world_size]
+        batches = [self.assemble(index[group], epochs[group]) for group in groups]
+        return Step(passes, batches, int(predictions_of(sizes, self.mlm_probability).sum()), len(index))
+
+    def _variable_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns an epoch's order and where in it each step begins, for steps of equal token count."""
+        if self._last_order is None or self._last_order[0] != epoch:
+            lengths = self.sequences.epoch(self.seed, epoch).sizes + self.sequences.special_tokens
+            order = permute(np.arange(len(lengths)), len(lengths), self.seed, epoch)
+            ends = np.cumsum(lengths[order])
+            cuts = np.linspace(0, ends[-1], self.steps_per_epoch + 1)[1:-1]
+            bounds = np.concatenate([[0], np.searchsorted(ends, cuts, side="right"), [len(order)]])
+            self._last_order = epoch, order, bounds
+        return self._last_order[1:]
+
+    def _groups(self, sizes: np.ndarray) -> list[np.ndarray]:
+        """Divides a step's rows into a group for each micro-batch of each rank, with about equal tokens.
+
+        Ranks take groups in turn, so that in the sorted formats all ranks have similar rows at the same time.
+        """
+        number = self.num_micro_batches * self.world_size
+        if self.fixed:
+            return np.split(np.arange(len(sizes)), number)
+        ends = np.cumsum(sizes)
+        cuts = np.arange(1, number) * (ends[-1] / number)
+        return np.split(np.arange(len(sizes)), np.searchsorted(ends, cuts))
+
+    def assemble(self, index: np.ndarray, epochs: np.ndarray) -> Batch:
+        """Reads, pads and masks the sequences `index`, each as it is in its epoch."""
+        chosen = [self.sequences.epoch(self.seed, int(epoch)) for epoch in epochs]
+        rows = [self.sequences.token_ids(sequences, i) for sequences, i in zip(chosen, index)]
+        lengths = np.array([len(ids) for ids, _ in rows], dtype=np.int64)
+        # With fewer sequences than micro-batches one may be empty: a row of padding stands in, predicting
+        # nothing.
+        width = self.sequences.seq_len if self.fixed else lengths.max(initial=1)
+        input_ids = np.full((max(len(rows), 1), width), PAD)
+        types = np.zeros_like(input_ids) if self.sequences.is_pairs else None
+        next_labels = np.full(len(input_ids), IGNORED) if self.sequences.is_pairs else None
+        for row, (ids, second_at) in enumerate(rows):
+            input_ids[row, : len(ids)] = ids
+            if self.sequences.is_pairs:
+                types[row, second_at : len(ids)] = 1
+                next_labels[row] = chosen[row].is_random[index[row]]
+        index, epochs = np.resize(index, len(input_ids)), np.resize(epochs, len(input_ids))
+        masked, labels = mask_tokens(
+            input_ids, index, epochs, seed=self.seed, vocab_size=self.sequences.corpus.vocab_size,
+            masking=self.masking, mlm_probability=self.mlm_probability,
+        )
+        positions = np.flatnonzero(labels != IGNORED)
+        labels = labels.reshape(-1)[positions]
+        if self.fixed:  # fill up to the number that full sequences would have: compilers and caches like it
+            missing = len(input_ids) * int(predictions_of(width - 2, self.mlm_probability)) - len(positions)
+            positions = np.pad(positions, (0, missing))
+            labels = np.pad(labels, (0, missing), constant_values=IGNORED)
+        return Batch(masked, input_ids != PAD, positions, labels, types, next_labels, int(lengths.sum()))
+
+    def held_out(self, limit: int) -> Iterator[Batch]:
+        """Yields this rank's share of the first `limit` sequences of a fixed order, once: for evaluation."""
+        size = len(self.sequences.ranges)
+        order = permute(np.arange(min(limit, size)), size, self.seed, epoch=0)
+        batches = [order[i : i + self.micro_batch_size] for i in range(0, len(order), self.micro_batch_size)]
+        for index in batches[self.rank :: self.world_size]:
+            yield self.assemble(index, np.zeros_like(index))
+
+
+def prefetch(make: Callable[[int], Any], steps: range, ahead: int = 4) -> Iterator:
+    """Yields make(step) for every step, made by a thread up to `ahead` steps early; passes its errors on."""
+    ready: queue.Queue = queue.Queue(ahead)
+    stop = threading.Event()
+
+    def put(*item: Any) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            for step in steps:
+                put(make(step), None)
+                if stop.is_set():
+                    return
+            put(None, StopIteration())
+        except Exception as error:  # whatever it is, the reader raises it
+            put(None, error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Adds a --flag for each field of a dataclass made with `flag`; flags not given stay absent."""
+    types = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = types[field.name]
+        if type(None) in typing.get_args(kind):
+            kind = typing.get_args(kind)[0]  # T | None: the flag takes a T
+        default = "none" if field.default in (None, ()) else field.default
+        arguments = {"help": f"{field.metadata['help']} (default: {default})".replace("%", "%%")}
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            arguments |= {"nargs": "+", "metavar": "PATH"}
+        elif typing.get_origin(kind) is Literal:
+            arguments["choices"] = typing.get_args(kind)
+        else:
+            arguments |= {"type": kind, "metavar": {int: "N", float: "X", str: "DIR"}[kind]}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="data.py", description="Prepare text for pretraining.")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("prepare", help="text to tokenizer and token shards", allow_abbrev=False)
+    add_flags(command, PrepareConfig)
+    config = PrepareConfig(**vars(parser.parse_args(argv)))
+    try:
+        prepare(config, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,797 @@
+"""Pretraining: one command from nothing to a RoBERTa, on one core or on many machines.
+
+    torchrun train.py                                            # tiny, on the documentation installed here
+    torchrun train.py --data prepared --preset base --out runs/mine
+    torchrun --nproc-per-node 8 --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 train.py --preset
+    large ... python train.py                                              # the same in one process, without
+    torchrun
+
+RoBERTa is BERT trained right (§5): dynamic masks, full sentences without NSP, large batches, a large
+byte-level BPE. The file reads in the order a run goes: config, setup, data, model and optimiser, evaluation,
+checkpoints, log, loop.
+
+What makes a run reproducible: every random draw is a pure function of (seed, step, ...) (data.py), and the
+loss is a sum divided by the number of predictions of the whole step, over all ranks and micro-steps. So a
+resumed run equals an uninterrupted one bit for bit on a CPU, and more ranks or smaller micro-batches change
+nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import regex
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from data import (
+    DROPOUT_STREAM,
+    PAIR_FORMATS,
+    PRETOKEN,
+    Batch,
+    Batches,
+    Corpus,
+    InputFormat,
+    PrepareConfig,
+    Sequences,
+    Step,
+    Tokenizer,
+    add_flags,
+    checksum,
+    draw,
+    flag,
+    permute,
+    prefetch,
+    prepare,
+    say,
+    write_atomically,
+)
+from roberta import RobertaConfig, RobertaForMaskedLM, RobertaForPreTraining, RobertaModelBase, evaluating
+
+# ----------------------------------------------------------------------------------------------------------
+# Config
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The defaults are BASE's of Table 9; a preset changes some of them, flags change any."""
+
+    preset: Literal["tiny", "base", "large"] = flag("tiny", "size and schedule", "Table 9; tiny: a laptop")
+    data: str | None = flag(None, "prepared directory, or text; none: the documentation installed here")
+    out: str | None = flag(None, "run directory; none: runs/PRESET")
+    precision: Literal["fp32", "fp16", "bf16"] | None = flag(None, "none: fp16 on a GPU, else fp32", "§3")
+    batch_size: int = flag(8192, "sequences an optimiser step, over all ranks", "Table 9")
+    micro_batch_size: int | None = flag(None, "sequences a forward pass; none: up to 32 that divide")
+    seq_len: int = flag(512, "tokens a sequence at most", "§2")
+    max_steps: int = flag(500_000, "optimiser steps", "Table 9")
+    warmup_steps: int = flag(24_000, "steps of linear warm-up", "Table 9")
+    peak_lr: float = flag(6e-4, "learning rate after warm-up", "Table 9")
+    weight_decay: float = flag(0.01, "decoupled weight decay of the matrices", "Table 9")
+    adam_beta1: float = flag(0.9, "Adam's beta 1", "Table 9")
+    adam_beta2: float = flag(0.98, "Adam's beta 2; 0.999 is unstable with large batches", "§3")
+    adam_eps: float = flag(1e-6, "Adam's epsilon", "Table 9")
+    clip_norm: float = flag(0.0, "largest gradient norm; 0: no clipping", "Table 9")
+    masking: Literal["dynamic", "static"] = flag("dynamic", "new masks every epoch, or ten in turn", "§4.1")
+    mlm_probability: float = flag(0.15, "share of the tokens that are predicted", "§2")
+    input_format: InputFormat = flag("full-sentences", "what a sequence is made of", "§4.2")
+    seed: int = flag(0, "of every random draw")
+    vocab_size: int = flag(50265, "units of the tokenizer, where --data is not prepared yet", "§4.4")
+    hidden_size: int | None = flag(None, "width; none: the preset's")
+    num_hidden_layers: int | None = flag(None, "layers; none: the preset's")
+    num_attention_heads: int | None = flag(None, "attention heads; none: the preset's")
+    intermediate_size: int | None = flag(None, "width of the feed-forward layer; none: the preset's")
+    dropout: float | None = flag(None, "dropout of layers and attention; none: the preset's")
+    initializer_range: float | None = flag(None, "standard deviation of initial weights; none: the preset's")
+    log_interval: int = flag(100, "steps between log lines")
+    eval_interval: int = flag(2000, "steps between evaluations")
+    eval_sequences: int = flag(4096, "held-out sequences an evaluation reads, at most")
+    checkpoint_interval: int = flag(2000, "steps between checkpoints")
+    keep: int = flag(2, "newest checkpoints kept, beside the best one")
+    compile: bool = flag(False, "compile the model with torch.compile")
+
+
+# What a second start of the same run may change: none of it alters which losses the remaining steps would
+# have.
+FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "log_interval", "eval_interval", "eval_sequences",
+                  "checkpoint_interval", "keep", "compile"}
+
+
+def tiny() -> TrainConfig:
+    """About five minutes on two cores.
+
+    CHOICE: many small steps instead of §4.3's large batches: with so little compute the number of updates
+    decides how soon the model leaves the plateau near the unigram entropy.
+    """
+    return TrainConfig(
+        preset="tiny", batch_size=16, seq_len=64, max_steps=6000, warmup_steps=300, peak_lr=2e-3,
+        vocab_size=4096, eval_interval=1000, checkpoint_interval=1000,
+    )
+
+
+def base() -> TrainConfig:
+    return TrainConfig(preset="base")
+
+
+def large() -> TrainConfig:
+    return TrainConfig(preset="large", warmup_steps=30_000, peak_lr=4e-4)
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> RobertaConfig:
+    """Returns the preset's model with the flags' changes, for inputs of `seq_len` tokens."""
+    preset = getattr(RobertaConfig, config.preset)()
+    shape = "hidden_size num_hidden_layers num_attention_heads intermediate_size initializer_range".split()
+    changes = {name: getattr(config, name) for name in shape if getattr(config, name) is not None}
+    if config.dropout is not None:
+        changes |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    longest = max(preset.max_position_embeddings, config.seq_len + preset.pad_token_id + 1)
+    changes["type_vocab_size"] = 2 if config.input_format in PAIR_FORMATS else 1
+    return replace(preset, vocab_size=vocab_size, max_position_embeddings=longest, **changes)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Setup: ranks, device, precision
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Who and where this process is."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    precision: str
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Returns the sum of `values` over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in 16 bits, sums and normalisations in 32 (§3, mixed precision); no-op for fp32."""
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def ranks_of_environment() -> tuple[int, int, int, int]:
+    """Returns rank, world size, local rank and local world size as torchrun sets them; alone without it."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
+
+
+def set_up(precision: str | None) -> Setup:
+    """Joins the other ranks, takes this rank's device, and says what was chosen."""
+    rank, world_size, local_rank, local_world_size = ranks_of_environment()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    elif local_world_size > 1:  # torchrun gives each rank one thread; the cores are there to be shared
+        torch.set_num_threads(max(1, cores() // local_world_size))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    precision = precision or ("fp16" if on_gpu else "fp32")
+    where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads a rank"
+    say(f"{world_size} rank{'s' * (world_size > 1)} on {where}; {precision}; torch {torch.__version__}; "
+        f"attention by scaled_dot_product_attention", rank)
+    return Setup(rank, world_size, device, precision)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------
+
+
+def prepared_data(config: TrainConfig) -> Path:
+    """Returns --data if it is prepared; else prepares its text, or the documentation installed here."""
+    rank, world_size, _, _ = ranks_of_environment()
+    if config.data and any((Path(config.data) / name).exists() for name in ("manifest.json", "work")):
+        return Path(config.data)
+    corpus = (config.data,) if config.data else ()
+    directory = Path(config.out) / "data"
+    return prepare(PrepareConfig(corpus, str(directory), config.vocab_size), rank, world_size)
+
+
+def micro_batch_size(config: TrainConfig, world_size: int) -> int:
+    """Returns --micro-batch-size, or the largest size up to 32 that divides each rank's share of a batch."""
+    if config.micro_batch_size:
+        return config.micro_batch_size
+    if config.batch_size % world_size:
+        raise ValueError(f"batch_size {config.batch_size} does not divide among {world_size} ranks; "
+                         f"try --batch-size {-(-config.batch_size // world_size) * world_size}")
+    share = config.batch_size // world_size
+    return max(n for n in range(1, min(share, 32) + 1) if share % n == 0)
+
+
+def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Model, loss, optimiser, schedule
+# ----------------------------------------------------------------------------------------------------------
+
+
+def loss_sums(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the sums (in nats) of the batch's MLM and NSP losses, and how many masks were guessed right.
+
+    Sums, because what they are divided by is known only over all ranks and micro-steps. No pairs: NSP's is 0.
+    """
+    names = ("input_ids", "attention_mask", "token_type_ids", "positions")
+    inputs = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+    logits = model(**{name: to_tensor(array, device) for name, array in inputs.items()})
+    nsp = torch.zeros((), device=device)
+    if isinstance(logits, tuple):
+        logits, nsp_logits = logits
+        if batch.next_sentence_labels is not None:  # not so in evaluations, see Run
+            nsp_labels = to_tensor(batch.next_sentence_labels, device)
+            nsp = F.cross_entropy(nsp_logits.float(), nsp_labels, reduction="sum")
+    labels = to_tensor(batch.labels, device)
+    mlm = F.cross_entropy(logits.float(), labels, reduction="sum")  # ignores -100; 16 bits would overflow
+    return mlm, nsp, (logits.argmax(-1) == labels).sum()
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Adam with decoupled weight decay, one fused kernel for all parameters.
+
+    CHOICE: only matrices decay, as in BERT's code; pulling a LayerNorm's gain or a bias to 0 regularises
+    nothing.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, config.peak_lr, betas, config.adam_eps, fused=True)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Returns the rate of step 0, 1, ...: linear to the peak over the warm-up, then linear to 0 at max_steps
+    (§2).
+
+    >>> config = dataclasses.replace(base(), max_steps=10, warmup_steps=2, peak_lr=1.0)
+    >>> [learning_rate(step, config) for step in (0, 1, 2, 6)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    if step < config.warmup_steps:
+        return config.peak_lr * (step + 1) / config.warmup_steps
+    return config.peak_lr * (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps)
+
+
+def try_to_compile(model: nn.Module, sample: Batch, setup: Setup) -> nn.Module:
+    """Returns the model compiled, or as it is where no compiler works: then a line says so."""
+    compiled = torch.compile(model)
+    try:
+        with setup.autocast():
+            loss_sums(compiled, sample, setup.device)[0].backward()
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        say(f"--compile: no working compiler ({reason}); going on without", setup.rank)
+        torch._dynamo.reset()
+        compiled = model
+    model.zero_grad(set_to_none=True)
+    return compiled
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, held_out: Batches, unigram: np.ndarray, limit: int, setup: Setup
+) -> dict[str, float]:
+    """Returns held-out loss and perplexity, masked accuracy, and the unigram baseline on the same positions.
+
+    All ranks share the work; the masks are fixed, so any two evaluations of a run compare. The baseline
+    predicts each token with its share of the training text (add-one smoothed): what a model knows that looks
+    at no context.
+    """
+    log_share = torch.from_numpy(np.log((unigram + 1) / (unigram + 1).sum()))
+    sums = torch.zeros(4, dtype=torch.float64)  # predictions, loss, unigram loss, correct
+    with evaluating(model), setup.autocast():
+        for batch in held_out.held_out(limit):
+            loss, _, correct = loss_sums(model, batch, setup.device)
+            labels = batch.labels[batch.labels >= 0]
+            sums += torch.tensor([len(labels), loss.item(), -log_share[labels].sum(), correct.item()])
+    count, loss, baseline, correct = setup.sum(sums).tolist()
+    if count == 0:
+        raise ValueError("the held-out split has no token to predict; prepare more text or raise held_out")
+    return {"eval_loss": loss / count, "eval_perplexity": math.exp(loss / count),
+            "unigram_perplexity": math.exp(baseline / count), "masked_accuracy": correct / count}
+
+
+def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5) -> None:
+    """Prints held-out sentences with one word masked, and what the model puts there."""
+    tokenizer, shown = corpus.tokenizer, 0
+    sentences = [(shard, i) for shard in corpus.shards for i in range(min(len(shard.sentences), 20_000))]
+    for place in permute(np.arange(len(sentences)), len(sentences), seed=0, epoch=0):
+        shard, i = sentences[place]
+        begin = shard.sentences[i - 1] if i else 0
+        text = " ".join(tokenizer.decode(shard.tokens[begin : shard.sentences[i]].tolist()).split())
+        words = [m for m in regex.finditer(PRETOKEN, text) if regex.fullmatch(r" [a-z]{4,}", m.group())]
+        words = [word for word in words if len(tokenizer.encode(word.group())) == 1]
+        if not (40 <= len(text) <= 100 and words and "<mask>" not in text and text[0].isupper()):
+            continue
+        word = words[int(draw(0, place)) % len(words)]
+        masked = text[: word.start()] + " <mask>" + text[word.end() :]
+        best = model.fill_mask(masked, tokenizer, top_k=1)[0]
+        verdict = "right" if best["token_str"] == word.group() else f"was {word.group().strip()}"
+        print(f"  {masked}\n      {best['token_str'].strip()} ({best['score']:.0%}; {verdict})", flush=True)
+        shown += 1
+        if shown == count:
+            return
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    out: Path, step: int, model: RobertaModelBase, tokenizer: Tokenizer, state: dict[str, Any]
+) -> None:
+    """Writes out/checkpoint-<step>: the model, as anyone can open it, and the training state beside it.
+
+    Written under another name, flushed to the disk with a checksum of every file, then renamed: a directory
+    with a checkpoint's name is whole. The link `checkpoint` points to the newest.
+    """
+    final, temporary = out / f"checkpoint-{step}", out / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary, tokenizer)
+    torch.save(state, temporary / "training.pt")
+    checksums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
+    write_atomically(temporary / "checksums.json", json.dumps(checksums, indent=1).encode())
+    for path in temporary.iterdir():
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from an earlier step
+    os.replace(temporary, final)
+    link = out / ".checkpoint.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, out / "checkpoint")
+    sync(out)
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """Returns (step, directory) of the run's checkpoints, newest first."""
+    paths = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(((int(path.name.removeprefix("checkpoint-")), path) for path in paths), reverse=True)
+
+
+def remove_old_checkpoints(out: Path, keep: int, best: int | None) -> None:
+    for step, path in checkpoints(out)[max(keep, 1) :]:
+        if step != best:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(out: Path, rank: int) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the newest checkpoint that is whole and its training state, None where there is none.
+
+    A damaged one is reported, and the one before it is used.
+    """
+    for _, path in checkpoints(out):
+        try:
+            checksums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+            for name, expected in checksums.items():
+                if checksum(path / name) != expected:
+                    raise ValueError(f"{name} does not have its checksum")
+            return path, torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+        except (ValueError, OSError, RuntimeError) as error:
+            say(f"warning: {path} is damaged ({error}); trying the one before it", rank)
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Log and plot
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """Returns the lines of log.jsonl; the last one is left out if a crash cut it short."""
+    path = out / "log.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def plot_log(out: Path, title: str) -> None:
+    """Draws loss.png from log.jsonl: training and held-out loss, the unigram baseline as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_log(out)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
+    if held:
+        axes.plot(*zip(*held, strict=True), color="#08519c", marker="o", markersize=4, label="held-out")
+        unigram = math.log(next(line["unigram_perplexity"] for line in lines if "unigram_perplexity" in line))
+        axes.axhline(unigram, color="#d94801", linestyle="--", linewidth=1)
+        label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
+        axes.annotate("unigram baseline", (held[-1][0], unigram), (0, 3), color="#d94801", **label)
+        axes.annotate(f"perplexity {math.exp(held[-1][1]):.1f}", held[-1], (0, -15), color="#08519c", **label)
+    axes.set(xlabel="optimiser steps", ylabel="masked-LM loss (nats)", title=title)
+    axes.legend(frameon=False, loc="upper center", ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / ".loss.tmp.png", dpi=120)
+    pyplot.close(figure)
+    os.replace(out / ".loss.tmp.png", out / "loss.png")
+
+
+def clock(seconds: float) -> str:
+    """Returns a duration for people.
+
+    >>> clock(75), clock(90000)
+    ('1:15', '1 d 1:00:00')
+    """
+    days, seconds = divmod(int(seconds), 86400)
+    hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
+    short = f"{hours}:{minutes:02d}:{seconds:02d}" if hours or days else f"{minutes}:{seconds:02d}"
+    return f"{days} d {short}" if days else short
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------
+
+MAX_SKIPPED = 20  # steps without finite gradients in a row: more of them will not mend what is wrong
+
+
+class Run:
+    """A run's parts and its state; `state` and the weights are all that a checkpoint needs to hold."""
+
+    def __init__(self, config: TrainConfig, data: Path, setup: Setup):
+        self.config, self.setup, self.out = config, setup, Path(config.out)
+        corpus, self.held_out_corpus = Corpus(data), Corpus(data, "heldout")
+        for split in (corpus, self.held_out_corpus):
+            split.verify(setup.rank, setup.world_size)
+        self.tokenizer, self.unigram = corpus.tokenizer, corpus.unigram
+        model_shape = model_config(config, corpus.vocab_size)
+        self._claim_directory(model_shape, corpus)
+        micro = micro_batch_size(config, setup.world_size)
+        shared = {"micro_batch_size": micro, "mlm_probability": config.mlm_probability,
+                  "rank": setup.rank, "world_size": setup.world_size}
+        sequences = Sequences(corpus, config.input_format, config.seq_len)
+        self.batches = Batches(
+            sequences, batch_size=config.batch_size, seed=config.seed, masking=config.masking, **shared
+        )
+        # CHOICE: every format is evaluated on FULL-SENTENCES, so that runs in different formats compare
+        # (§4.2). The seed is no run's own: all runs on the same data are asked for the same masks.
+        held_out = Sequences(self.held_out_corpus, "full-sentences", config.seq_len)
+        self.held_out = Batches(held_out, batch_size=micro * setup.world_size, seed=2**32, **shared)
+
+        torch.manual_seed(config.seed)
+        kind = RobertaForPreTraining if sequences.is_pairs else RobertaForMaskedLM
+        self.model = kind(model_shape).to(setup.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.precision == "fp16")
+        # `window` adds up what the next log line reports: MLM loss, NSP loss, real tokens, padded tokens; on
+        # this rank.
+        self.window = torch.zeros(4, dtype=torch.float64, device=setup.device)
+        self.state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0,
+                      "best_loss": math.inf, "best_step": -1, "predictions": 0, "sequences": 0}
+        self.grad_norm = self.epoch = 0.0
+        self.wrapped = self.model
+        say(f"{self.model.num_parameters():,} parameters, {self.tokenizer.vocab_size} units, "
+            f"{len(sequences.epoch(config.seed, 0).first):,} sequences of {corpus.num_tokens:,} tokens; "
+            f"{self.batches.num_micro_batches} x {micro} sequences a rank and step", setup.rank)
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def _claim_directory(self, model_shape: RobertaConfig, corpus: Corpus) -> None:
+        """Writes run.json, or where it is there already, refuses a run that would not continue it."""
+        described = {"flags": asdict(self.config), "model": asdict(model_shape),
+                     "data": {"tokenizer": corpus.tokenizer.fingerprint, "tokens": corpus.num_tokens}}
+        described = json.loads(json.dumps(described))
+        path = self.out / "run.json"
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            for part in described:
+                for name, value in described[part].items():
+                    if before[part].get(name) != value and name not in FREE_TO_CHANGE:
+                        raise ValueError(
+                            f"{self.out} holds a run with {name} {before[part].get(name)}, this one has "
+                            f"{value}; choose another --out, or delete the directory to start over"
+                        )
+        if self.setup.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, (json.dumps(described, indent=1) + "\n").encode())
+            write_atomically(self.out / "config.json", model_shape.to_json("RobertaForMaskedLM").encode())
+
+    def resume(self) -> None:
+        """Goes back to the newest whole checkpoint, if any: weights, optimiser, scaler, counters, log."""
+        found = load_checkpoint(self.out, self.setup.rank)
+        if found:
+            path, saved = found
+            self.model.load_state_dict(type(self.model).from_pretrained(path).state_dict())
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.state = saved["state"]
+            if self.setup.rank == 0:  # the sums over all ranks are on one of them again
+                self.window.copy_(saved["window"])
+            say(f"resuming at step {self.step} from {path}", self.setup.rank)
+        if self.setup.rank == 0:  # lines written after that checkpoint will be written again
+            lines = [json.dumps(line) + "\n" for line in read_log(self.out) if line["step"] <= self.step]
+            write_atomically(self.out / "log.jsonl", "".join(lines).encode())
+        if self.config.compile:
+            self.wrapped = try_to_compile(self.model, self.batches.step(0).batches[0], self.setup)
+        if self.setup.world_size > 1:
+            device_ids = [self.setup.device.index] if self.setup.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(self.wrapped, device_ids, gradient_as_bucket_view=True)
+        self.window_started = time.monotonic()
+
+    def train_step(self, step: Step) -> None:
+        """One optimiser step: accumulate the micro-batches' gradients, then update."""
+        config, setup = self.config, self.setup
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        self.model.train()
+        for number, batch in enumerate(step.batches):
+            # Dropout depends on where in the run we are, not on how often a generator was asked before.
+            seed = draw(config.seed, DROPOUT_STREAM, self.step, number, setup.rank)
+            torch.manual_seed(int(seed >> np.uint64(1)))
+            last = number == len(step.batches) - 1
+            wait = contextlib.nullcontext() if last or setup.world_size == 1 else self.wrapped.no_sync()
+            with wait:  # gradients travel between ranks once a step, with the last micro-batch
+                with setup.autocast():
+                    mlm, nsp, _ = loss_sums(self.wrapped, batch, setup.device)
+                loss = mlm / max(1, step.num_predictions) + nsp / step.num_sequences
+                # DDP averages over ranks; the sum is what is wanted.
+                self.scaler.scale(loss * setup.world_size).backward()
+            self.window[:2] += torch.stack([mlm, nsp]).detach()
+            self.window[2:] += torch.tensor([batch.num_tokens, batch.input_ids.size], device=setup.device)
+        self._update()
+        self.epoch = step.epoch
+        self.state["predictions"] += step.num_predictions
+        self.state["sequences"] += step.num_sequences
+        self.state["step"] += 1
+
+    def _update(self) -> None:
+        """Applies the gradients, unless they are not finite: then the step is skipped and counted."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        finite = bool(norm.isfinite())
+        if finite or self.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.grad_norm = norm.item()
+        self.state["skipped"] += not finite
+        self.state["skipped_in_a_row"] = 0 if finite else self.state["skipped_in_a_row"] + 1
+        if self.state["skipped_in_a_row"] > MAX_SKIPPED:
+            raise FloatingPointError(
+                f"no finite gradient in {MAX_SKIPPED} steps up to {self.step}; the last checkpoint is whole; "
+                f"try a lower --peak-lr (now {self.config.peak_lr}), longer --warmup-steps, --precision fp32"
+            )
+
+    def log(self) -> None:
+        """Writes and prints a line about the steps since the last one."""
+        loss, nsp, tokens, slots = self.setup.sum(self.window.clone()).tolist()
+        seconds = time.monotonic() - self.window_started
+        mean = loss / max(1, self.state["predictions"])
+        line = {"step": self.step, "epoch": round(self.epoch, 4), "loss": mean,
+                "perplexity": math.exp(min(mean, 700)), "lr": learning_rate(self.step - 1, self.config),
+                "grad_norm": self.grad_norm, "tokens_per_second": tokens / seconds,
+                "padding": 1 - tokens / slots}
+        if self.batches.sequences.is_pairs:
+            line["nsp_loss"] = nsp / self.state["sequences"]
+        if self.scaler.is_enabled():
+            line["scale"] = self.scaler.get_scale()
+        if self.scaler.is_enabled() or self.state["skipped"]:
+            line["skipped"] = self.state["skipped"]
+        self.state["tokens"] += int(tokens)
+        self.state["seconds"] += seconds
+        line["eta_seconds"] = self.state["seconds"] / self.step * (self.config.max_steps - self.step)
+        self._write(line)
+        shown = (f"step {self.step}/{self.config.max_steps}  epoch {self.epoch:.2f}  loss {mean:.3f}  "
+                 f"perplexity {line['perplexity']:.1f}  lr {line['lr']:.2e}  norm {self.grad_norm:.2f}  "
+                 f"{line['tokens_per_second']:,.0f} tokens/s  left {clock(line['eta_seconds'])}")
+        for name in {"nsp_loss", "scale", "skipped"} & line.keys():
+            shown += f"  {name} {line[name]:g}"
+        say(shown, self.setup.rank)
+        self.window.zero_()
+        self.state |= {"predictions": 0, "sequences": 0}
+        self.window_started = time.monotonic()
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates, writes the line and the plot, and remembers the best step."""
+        started = time.monotonic()
+        result = evaluate(self.model, self.held_out, self.unigram, self.config.eval_sequences, self.setup)
+        self._write({"step": self.step} | result)
+        say("step {}  held-out perplexity {eval_perplexity:.2f}  (unigram {unigram_perplexity:.1f})  masked "
+            "accuracy {masked_accuracy:.1%}".format(self.step, **result), self.setup.rank)
+        if result["eval_loss"] < self.state["best_loss"]:
+            self.state |= {"best_loss": result["eval_loss"], "best_step": self.step}
+        self._not_training(started)
+        return result
+
+    def _not_training(self, started: float) -> None:
+        """Takes the time since `started` out of the throughput, but not out of the run's duration."""
+        spent = time.monotonic() - started
+        self.window_started += spent
+        self.state["seconds"] += spent
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.setup.rank == 0:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Writes a checkpoint of the current step and removes those no longer kept."""
+        started = time.monotonic()
+        window = self.setup.sum(self.window.clone())
+        if self.setup.rank == 0:
+            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                     "state": self.state, "window": window.cpu()}
+            save_checkpoint(self.out, self.step, self.model, self.tokenizer, state)
+            remove_old_checkpoints(self.out, self.config.keep, self.state["best_step"])
+            plot_log(self.out, f"RoBERTa {self.config.preset}: {self.out.name}")
+        self._not_training(started)
+
+    def finish(self, result: dict[str, float]) -> dict[str, Any]:
+        """Writes results.json and shows what the model has learned."""
+        results = result | {
+            "steps": self.step, "tokens": self.state["tokens"], "seconds": self.state["seconds"],
+            "parameters": self.model.num_parameters(), "peak_memory_bytes": peak_memory(),
+        }
+        if self.setup.rank == 0:
+            write_atomically(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+            ratio = result["unigram_perplexity"] / result["eval_perplexity"]
+            print(f"\nheld-out perplexity {result['eval_perplexity']:.2f}, unigram baseline "
+                  f"{result['unigram_perplexity']:.1f}: {ratio:.1f} times better; "
+                  f"{self.state['tokens']:,} tokens in {clock(self.state['seconds'])}\n\nheld-out sentences:")
+            show_filled_masks(self.model, self.held_out_corpus)
+            example = "Returns a new array of given <mask> and type."
+            print(f'\nfill your own:  python roberta.py {self.out} "{example}"\n'
+                  f"curves: {self.out / 'loss.png'}   log: {self.out / 'log.jsonl'}", flush=True)
+        return results
+
+
+def peak_memory() -> int:
+    """Returns the most memory this process has held, in bytes: of the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loop
+# ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C instead of dying from them; torchrun may send several for one."""
+    received: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs, or goes on with, the run that `config` describes; returns what results.json holds."""
+    config = replace(config, out=config.out or f"runs/{config.preset}")
+    check(config)
+    data = prepared_data(config)
+    setup = set_up(config.precision)
+    run = Run(config, data, setup)
+    run.resume()
+    if run.step >= config.max_steps:
+        say(f"{config.out} is finished at step {run.step}. To lengthen it: --max-steps {2 * run.step}, with "
+            f"the schedule of the longer run. To start another: another --out, or delete it.", setup.rank)
+        return run.finish(evaluate(run.model, run.held_out, run.unigram, config.eval_sequences, setup))
+
+    with stop_signals() as received:
+        for step in prefetch(run.batches.step, range(run.step, config.max_steps)):
+            run.train_step(step)
+            last = run.step == config.max_steps
+            if run.step % config.log_interval == 0 or last:
+                run.log()
+            if run.step % config.eval_interval == 0 or last:
+                result = run.evaluate()
+            # All ranks stop at the same step, whoever got the signal.
+            stop = int(setup.sum(torch.tensor(len(received))) if setup.world_size > 1 else len(received))
+            if run.step % config.checkpoint_interval == 0 or last or stop:
+                run.save()
+            if stop and not last:
+                say(f"stopped at step {run.step}, saved; the same command goes on from there", setup.rank)
+                sys.exit(128 + (received[0] if received else signal.SIGTERM))
+    return run.finish(result)
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for values that no run can have, before anything is read or written."""
+    for name in ("batch_size max_steps log_interval eval_interval eval_sequences checkpoint_interval keep "
+                 "seq_len").split():
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    if config.warmup_steps > config.max_steps:
+        raise ValueError(f"--warmup-steps {config.warmup_steps} exceeds --max-steps {config.max_steps}; "
+                         f"try --warmup-steps {config.max_steps // 20}")
+    if not 0 < config.mlm_probability < 1:
+        raise ValueError(f"--mlm-probability {config.mlm_probability} must lie between 0 and 1 (§2: 0.15)")
+    if config.seed < 0:
+        raise ValueError(f"--seed {config.seed} must not be negative")
+
+
+def parse(argv: Sequence[str] | None) -> TrainConfig:
+    """Returns the preset with the flags' changes."""
+    changed = {name: value for name, value in asdict(tiny()).items() if value != getattr(base(), name)}
+    epilog = "The defaults shown are BASE's. --preset tiny, which is the default, has instead: "
+    epilog += ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+    parser = argparse.ArgumentParser("train.py", None, "Pretrain RoBERTa.", epilog, allow_abbrev=False)
+    add_flags(parser, TrainConfig)
+    given = vars(parser.parse_args(argv))
+    preset = {"tiny": tiny, "base": base, "large": large}[given.get("preset", "tiny")]()
+    return replace(preset, **given)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(argv)
+    rank = ranks_of_environment()[0]
+    say("  ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None), rank)
+    try:
+        train(config)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0][:100]}; try a smaller --micro-batch-size, which leaves "
+                 f"the result as it is, or a smaller --seq-len than {config.seq_len}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted while preparing; the same command goes on from here")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
