@@ -232,13 +232,11 @@ class RobertaModelBase(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> RobertaModelBase:
-        """Returns the model saved in a directory, a checkpoint, or a run directory (then its newest
-        checkpoint).
+        """Returns the model in a directory, for a run directory the one of its newest checkpoint.
 
-        A head of another kind than the checkpoint's starts from random weights, and a line on stderr says so.
-        `changes` replace fields of the config (dropout, num_labels). Nothing pickled is executed.
-        Raises: ValueError where the directory is no model or its weights do not fit its config, naming the
-        weights.
+        A head that the weights lack starts at random, and a line on stderr says so. `changes` replace fields of
+        the config (dropout, num_labels). No code in the file is executed.
+        Raises: ValueError where the directory is no model or the weights do not fit config.json.
         """
         directory = find_model(directory)
         config = read_config(directory / "config.json", changes)
@@ -254,49 +252,47 @@ class RobertaModelBase(nn.Module):
         return model.eval()
 
     def to_hugging_face(self) -> dict[str, Tensor]:
-        """Returns the weights under Hugging Face's keys, contiguous and without wrapper prefixes."""
-        renamed = {self.hugging_face_key(name): value.detach() for name, value in self.state_dict().items()}
-        prefix = "" if isinstance(self, RobertaModel) else "roberta."
-        if self.config.type_vocab_size == 1:
-            row = torch.zeros(1, self.config.hidden_size)
-            renamed[prefix + "embeddings.token_type_embeddings.weight"] = row
-        if "lm_head.bias" in renamed:  # Hugging Face ties its decoder to the embedding, and repeats the bias
-            renamed["lm_head.decoder.weight"] = renamed["roberta.embeddings.word_embeddings.weight"]
-            renamed["lm_head.decoder.bias"] = renamed["lm_head.bias"]
-        return renamed
+        """Returns the weights under Hugging Face's keys."""
+        weights = {self.hugging_face_key(name): value for name, value in self.state_dict().items()}
+        embeddings = "roberta.embeddings."
+        if self.config.type_vocab_size == 1:  # there it has a row, and ours is part of the positions
+            width = self.config.hidden_size
+            weights[embeddings + "token_type_embeddings.weight"] = torch.zeros(1, width, device=self.device)
+        if "lm_head.bias" in weights:  # there the decoder is tied to the embedding, and the bias is repeated
+            weights["lm_head.decoder.weight"] = weights[embeddings + "word_embeddings.weight"]
+            weights["lm_head.decoder.bias"] = weights["lm_head.bias"]
+        return weights
 
     def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> None:
-        """Copies weights given under Hugging Face's keys into this model; accounts for every one of them."""
-        weights = dict(weights)
-        bare = not any(key.startswith("roberta.") for key in weights)  # saved from a model without head
-        own = {name: self.hugging_face_key(name) for name in self.state_dict()}
-        if isinstance(self, RobertaModel) and not bare:
-            own = {name: "roberta." + key for name, key in own.items()}
-        elif bare and not isinstance(self, RobertaModel):
-            own = {name: key.removeprefix("roberta.") for name, key in own.items()}
-        types = next((key for key in weights if key.endswith("token_type_embeddings.weight")), None)
-        if types and self.config.type_vocab_size == 1:
-            positions = types.replace("token_type", "position")
-            weights[positions] = weights[positions] + weights.pop(types)  # fold the one row, see Embeddings
-        new = [name for name, key in own.items() if key not in weights]
-        wrong = [name for name in new if name.startswith("roberta.") or isinstance(self, RobertaModel)]
-        if wrong:
-            raise ValueError(f"{source}: weights lack {', '.join(own[name] for name in wrong[:5])}"
-                             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+        """Copies weights under Hugging Face's keys into this model; a head they lack stays as it is.
+
+        Raises: ValueError naming what the encoder lacks, or a weight of another shape.
+        """
+        if not any(key.startswith("roberta.") for key in weights):  # saved from an encoder without a head
+            weights = {"roberta." + key: value for key, value in weights.items()}
+        types = weights.get("roberta.embeddings.token_type_embeddings.weight")
+        if types is not None and self.config.type_vocab_size == 1:  # fold the row in, see Embeddings
+            positions = "roberta.embeddings.position_embeddings.weight"
+            weights = weights | {positions: weights[positions] + types}
+        keys = {name: self.hugging_face_key(name) for name in self.state_dict()}
+        missing = [key for key in keys.values() if key not in weights]
+        if lacking := [key for key in missing if key.startswith(("roberta.embeddings", "roberta.encoder"))]:
+            raise ValueError(f"{source}: {len(lacking)} weights are missing, first of all {lacking[0]}")
         for name, parameter in self.state_dict().items():
-            if name not in new and parameter.shape != weights[own[name]].shape:
-                raise ValueError(f"{source}: {own[name]} has shape {tuple(weights[own[name]].shape)}, "
-                                 f"config.json asks for {tuple(parameter.shape)}")
-        if new:
-            print(f"note: {source} has no {', '.join(new)}; initialised at random", file=sys.stderr)
-        self.load_state_dict({name: weights[own[name]] for name in own if name not in new}, strict=False)
+            found = weights.get(keys[name], parameter)
+            if found.shape != parameter.shape:
+                raise ValueError(f"{source}: {keys[name]} has shape {tuple(found.shape)}, config.json asks for "
+                                 f"{tuple(parameter.shape)}")
+            parameter.copy_(found)
+        if missing:
+            print(f"note: {source} has no {', '.join(missing)}; initialised at random", file=sys.stderr)
 
     @classmethod
     def hugging_face_key(cls, name: str) -> str:
         """Returns Hugging Face's key of one of our parameters."""
         for ours, theirs in [*cls.head_keys.items(), *KEYS.items()]:
             name = name.replace(ours, theirs)
-        return name
+        return "roberta." + name if cls is RobertaModel else name
 
 
 # Our module names -> Hugging Face's. fairseq's are noted where they differ in more than the prefix.
@@ -446,7 +442,9 @@ class RobertaForMaskedLM(RobertaModelBase):
         input_ids = torch.tensor([[*ids, self.config.eos_token_id]], device=self.device)
         positions = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0]
         with evaluating(self):
-            probabilities = self(input_ids, positions=positions).float().softmax(-1)  # (M, V)
+            hidden = self.roberta(input_ids)[0, positions]  # (1, T, C) -> (M, C)
+            logits = self.lm_head(hidden, self.roberta.embeddings.tokens.weight)
+        probabilities = logits.float().softmax(-1)  # (M, V)
         best = probabilities.topk(min(top_k, probabilities.shape[-1]))
         results = []
         for number, row in enumerate(zip(best.values.tolist(), best.indices.tolist()), 1):
