@@ -234,8 +234,8 @@ class RobertaModelBase(nn.Module):
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> RobertaModelBase:
         """Returns the model in a directory, for a run directory the one of its newest checkpoint.
 
-        A head that the weights lack starts at random, and a line on stderr says so. `changes` replace fields of
-        the config (dropout, num_labels). No code in the file is executed.
+        A head that the weights lack starts at random, and a line on stderr says so. `changes` replace fields
+        of the config (dropout, num_labels). No code in the file is executed.
         Raises: ValueError where the directory is no model or the weights do not fit config.json.
         """
         directory = find_model(directory)
@@ -281,8 +281,8 @@ class RobertaModelBase(nn.Module):
         for name, parameter in self.state_dict().items():
             found = weights.get(keys[name], parameter)
             if found.shape != parameter.shape:
-                raise ValueError(f"{source}: {keys[name]} has shape {tuple(found.shape)}, config.json asks for "
-                                 f"{tuple(parameter.shape)}")
+                raise ValueError(f"{source}: {keys[name]} has shape {tuple(found.shape)}, config.json asks "
+                                 f"for {tuple(parameter.shape)}")
             parameter.copy_(found)
         if missing:
             print(f"note: {source} has no {', '.join(missing)}; initialised at random", file=sys.stderr)
