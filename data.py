@@ -671,7 +671,7 @@ def _run_parts(what: str, function: Callable, jobs: list[tuple], workers: int) -
         done += sizes[part]
         now = time.monotonic()
         if now - reported > 5 or count == len(jobs):
-            reported, rate = now, done / max(now - started, 1e-9)
+            reported, rate = now, max(done, 1) / max(now - started, 1e-9)
             say(f"{what}: {count}/{len(jobs)} parts, {done / 1e6:.1f}/{total / 1e6:.1f} MB, "
                 f"{rate / 1e6:.1f} MB/s, {(total - done) / rate:.0f} s left")
 
@@ -1274,7 +1274,7 @@ class Batches:
         self.num_micro_batches = batch_size // (micro_batch_size * world_size)
         self.fixed = sequences.input_format == "full-sentences"
         tokens = (sequences.epoch(seed, 0).sizes + sequences.special_tokens).sum()
-        self.steps_per_epoch = max(1, round(tokens / (batch_size * sequences.seq_len)))
+        self.steps_per_epoch = max(1, round(tokens / (batch_size * sequences.seq_len)))  # if not fixed
         self._last_order: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def step(self, step: int) -> Step:

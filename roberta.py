@@ -245,7 +245,7 @@ class RobertaModelBase(nn.Module):
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
             raise ValueError(f"{path}: refused, it holds more than plain weights or none at all") from None
-        except (RuntimeError, ValueError, EOFError) as error:
+        except (RuntimeError, ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
         model = cls(config)
         model.load_hugging_face(weights, directory)

@@ -121,8 +121,8 @@ def tiny() -> TrainConfig:
     decides how soon the model leaves the plateau near the unigram entropy.
     """
     return TrainConfig(
-        preset="tiny", batch_size=16, seq_len=64, max_steps=4500, warmup_steps=300, peak_lr=2e-3,
-        vocab_size=4096, eval_interval=750, checkpoint_interval=750,
+        preset="tiny", batch_size=16, seq_len=64, max_steps=4000, warmup_steps=300, peak_lr=2e-3,
+        vocab_size=4096, eval_interval=500, checkpoint_interval=500,
     )
 
 
