@@ -442,7 +442,8 @@ def plot_log(out: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
     if held:
         axes.plot(*zip(*held, strict=True), color="#08519c", marker="o", markersize=4, label="held-out")
         unigram = math.log(next(line["unigram_perplexity"] for line in lines if "unigram_perplexity" in line))
@@ -451,7 +452,8 @@ def plot_log(out: Path, title: str) -> None:
         axes.annotate("unigram baseline", (held[-1][0], unigram), (0, 3), color="#d94801", **label)
         axes.annotate(f"perplexity {math.exp(held[-1][1]):.1f}", held[-1], (0, -15), color="#08519c", **label)
     axes.set(xlabel="optimiser steps", ylabel="masked-LM loss (nats)", title=title)
-    axes.legend(frameon=False, loc="upper center", ncols=2)
+    if train or held:
+        axes.legend(frameon=False, loc="upper center", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / ".loss.tmp.png", dpi=120)
     pyplot.close(figure)
