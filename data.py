@@ -338,11 +338,11 @@ class Tokenizer:
         directory = Path(directory)
         for place in (directory, directory / "checkpoint", directory / "tokenizer"):
             if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
-                return cls(_read_json(place / "vocab.json"), _read_merges(place / "merges.txt"))
+                return cls(read_json(place / "vocab.json"), _read_merges(place / "merges.txt"))
             if all((place / name).is_file() for name in ("encoder.json", "vocab.bpe", "dict.txt")):
                 # A line of dict.txt is a GPT-2 id and a count; its number, behind four specials, is RoBERTa's
                 # id.
-                names = {str(index): token for token, index in _read_json(place / "encoder.json").items()}
+                names = {str(index): token for token, index in read_json(place / "encoder.json").items()}
                 lines = (place / "dict.txt").read_text("utf-8").splitlines()
                 entries = [line.split(" ")[0] for line in lines]
                 tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
@@ -351,7 +351,8 @@ class Tokenizer:
                          "encoder.json, vocab.bpe and dict.txt")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """Returns the object in a JSON file. Raises: ValueError naming the file where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -493,8 +494,8 @@ def _merge(pair: str, new: str, where: list[int], words: list[str], frequency: l
         if len(pieces) == 1:
             continue  # an earlier merge took the pair out of this word
         words[index] = new.join(pieces)
-        # Pairs are merged from left to right: one that follows on another has `new` before it, and before that
-        # one is merged, it has the pair's first unit after it.
+        # Pairs merge from left to right: of two in a row, the first still has the pair's first unit after it,
+        # and the second already has `new` before it.
         before = pieces[0]
         for number, after in enumerate(pieces[1:], 2):
             if before:
@@ -567,13 +568,13 @@ def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
     out, work, workers = Path(config.out), Path(config.out) / "work", config.workers or os.cpu_count() or 1
     settings = _settings(config)
     if (out / "manifest.json").exists():
-        _compare_settings(out, _read_json(out / "manifest.json")["settings"], settings)
+        _compare_settings(out, read_json(out / "manifest.json")["settings"], settings)
         say(f"{out} is prepared already", rank)
         return out
     if rank == 0:
         work.mkdir(parents=True, exist_ok=True)
         if (work / "settings.json").exists():
-            _compare_settings(out, _read_json(work / "settings.json"), settings)
+            _compare_settings(out, read_json(work / "settings.json"), settings)
         write_atomically(work / "settings.json", json.dumps(settings).encode())
     wait_for([work / "settings.json"])
 
@@ -596,7 +597,7 @@ def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
     _run_parts("encode", _encode_part, jobs, workers)
     wait_for(records)
     if rank == 0:
-        _write_manifest(out, settings, [_read_json(path) for path in records], np.concatenate(splits))
+        _write_manifest(out, settings, [read_json(path) for path in records], np.concatenate(splits))
         shutil.rmtree(work)
     wait_for([out / "manifest.json"])
     return out
@@ -893,10 +894,10 @@ class Corpus:
     def __init__(self, directory: str | Path, split: Literal["train", "heldout"] = "train"):
         self.directory, self.split = Path(directory), split
         if not (self.directory / "manifest.json").is_file():
-            unfinished = (self.directory / "work").exists()
+            unfinished = (self.directory / "work" / "settings.json").exists()
             raise ValueError(f"{directory}: " + ("its preparation is unfinished; run the same command again"
                              if unfinished else "no manifest.json; make one with `python data.py prepare`"))
-        self.manifest = _read_json(self.directory / "manifest.json")
+        self.manifest = read_json(self.directory / "manifest.json")
         if (version := self.manifest.get("format_version")) != FORMAT_VERSION:
             raise ValueError(f"{directory}: format version {version}, this program reads {FORMAT_VERSION}; "
                              "prepare the corpus again")

@@ -60,6 +60,7 @@ from data import (
     permute,
     prefetch,
     prepare,
+    read_json,
     say,
     write_atomically,
 )
@@ -108,10 +109,10 @@ class TrainConfig:
     compile: bool = flag(False, "compile the model with torch.compile")
 
 
-# What a second start of the same run may change: none of it alters which losses the remaining steps would
-# have.
-FREE_TO_CHANGE = {"out", "max_steps", "micro_batch_size", "log_interval", "eval_interval", "eval_sequences",
-                  "checkpoint_interval", "keep", "compile"}
+# What a second start of a run may change: it leaves the remaining steps as they would have been, except for
+# max_steps, which lengthens the schedule. The data may move: what it holds is compared apart.
+FREE_TO_CHANGE = set("""out data vocab_size max_steps micro_batch_size log_interval eval_interval
+    eval_sequences checkpoint_interval keep compile""".split())
 
 
 def tiny() -> TrainConfig:
@@ -209,7 +210,8 @@ def cores() -> int:
 def prepared_data(config: TrainConfig) -> Path:
     """Returns --data if it is prepared; else prepares its text, or the documentation installed here."""
     rank, world_size, _, _ = ranks_of_environment()
-    if config.data and any((Path(config.data) / name).exists() for name in ("manifest.json", "work")):
+    begun = ("manifest.json", "work/settings.json")  # Corpus refuses an unfinished directory
+    if config.data and any((Path(config.data) / name).exists() for name in begun):
         return Path(config.data)
     corpus = (config.data,) if config.data else ()
     directory = Path(config.out) / "data"
@@ -238,7 +240,7 @@ def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def loss_sums(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the sums (in nats) of the batch's MLM and NSP losses, and how many masks were guessed right.
+    """Returns the sums (in nats) of the batch's MLM and NSP losses, and the MLM logits (M, V).
 
     Sums, because what they are divided by is known only over all ranks and micro-steps. No pairs: NSP's is 0.
     """
@@ -253,14 +255,14 @@ def loss_sums(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
             nsp = F.cross_entropy(nsp_logits.float(), nsp_labels, reduction="sum")
     labels = to_tensor(batch.labels, device)
     mlm = F.cross_entropy(logits.float(), labels, reduction="sum")  # ignores -100; 16 bits would overflow
-    return mlm, nsp, (logits.argmax(-1) == labels).sum()
+    return mlm, nsp, logits
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Adam with decoupled weight decay, one fused kernel for all parameters.
+    """Returns Adam with weight decay, one fused kernel for all parameters.
 
-    CHOICE: only matrices decay, as in BERT's code; pulling a LayerNorm's gain or a bias to 0 regularises
-    nothing.
+    CHOICE: "L2 weight decay" (§2) is decoupled from Adam's moments, and only matrices decay, both as in
+    BERT's code: pulling a LayerNorm's gain or a bias to 0 regularises nothing.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -272,8 +274,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Returns the rate of step 0, 1, ...: linear to the peak over the warm-up, then linear to 0 at max_steps
-    (§2).
+    """Returns the rate of step 0, 1, ...: up linearly for the warm-up, then down linearly to 0 (§2).
 
     >>> config = dataclasses.replace(base(), max_steps=10, warmup_steps=2, peak_lr=1.0)
     >>> [learning_rate(step, config) for step in (0, 1, 2, 6)]
@@ -318,9 +319,11 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)  # predictions, loss, unigram loss, correct
     with evaluating(model), setup.autocast():
         for batch in held_out.held_out(limit):
-            loss, _, correct = loss_sums(model, batch, setup.device)
-            labels = batch.labels[batch.labels >= 0]
-            sums += torch.tensor([len(labels), loss.item(), -log_share[labels].sum(), correct.item()])
+            loss, _, logits = loss_sums(model, batch, setup.device)
+            labels = torch.from_numpy(batch.labels)
+            correct = (logits.argmax(-1).cpu() == labels).sum()
+            labels = labels[labels >= 0]
+            sums += torch.tensor([len(labels), loss, -log_share[labels].sum(), correct], dtype=torch.float64)
     count, loss, baseline, correct = setup.sum(sums).tolist()
     if count == 0:
         raise ValueError("the held-out split has no token to predict; prepare more text or raise held_out")
@@ -409,7 +412,7 @@ def load_checkpoint(out: Path, rank: int) -> tuple[Path, dict[str, Any]] | None:
     """
     for _, path in checkpoints(out):
         try:
-            checksums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+            checksums = read_json(path / "checksums.json")
             for name, expected in checksums.items():
                 if checksum(path / name) != expected:
                     raise ValueError(f"{name} does not have its checksum")
@@ -507,11 +510,12 @@ class Run:
         self.model = kind(model_shape).to(setup.device)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.precision == "fp16")
-        # `window` adds up what the next log line reports: MLM loss, NSP loss, real tokens, padded tokens; on
-        # this rank.
-        self.window = torch.zeros(4, dtype=torch.float64, device=setup.device)
+        # Sums over this rank's batches since the last log line: MLM and NSP losses; real and all tokens.
+        self.window_loss = torch.zeros(2, dtype=torch.float64, device=setup.device)
+        self.window_tokens = [0, 0]
         self.state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0,
-                      "best_loss": math.inf, "best_step": -1, "predictions": 0, "sequences": 0}
+                      "eval_loss": math.inf, "eval_step": -1, "best_loss": math.inf, "best_step": -1,
+                      "predictions": 0, "sequences": 0}
         self.grad_norm = self.epoch = 0.0
         self.wrapped = self.model
         say(f"{self.model.num_parameters():,} parameters, {self.tokenizer.vocab_size} units, "
@@ -529,7 +533,7 @@ class Run:
         described = json.loads(json.dumps(described))
         path = self.out / "run.json"
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             for part in described:
                 for name, value in described[part].items():
                     if before[part].get(name) != value and name not in FREE_TO_CHANGE:
@@ -551,8 +555,9 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             self.state = saved["state"]
-            if self.setup.rank == 0:  # the sums over all ranks are on one of them again
-                self.window.copy_(saved["window"])
+            if self.setup.rank == 0:  # one rank goes on with the sums over all
+                self.window_loss.copy_(saved["window"][:2])
+                self.window_tokens = saved["window"][2:].long().tolist()
             say(f"resuming at step {self.step} from {path}", self.setup.rank)
         if self.setup.rank == 0:  # lines written after that checkpoint will be written again
             lines = [json.dumps(line) + "\n" for line in read_log(self.out) if line["step"] <= self.step]
@@ -582,8 +587,9 @@ class Run:
                 loss = mlm / max(1, step.num_predictions) + nsp / step.num_sequences
                 # DDP averages over ranks; the sum is what is wanted.
                 self.scaler.scale(loss * setup.world_size).backward()
-            self.window[:2] += torch.stack([mlm, nsp]).detach()
-            self.window[2:] += torch.tensor([batch.num_tokens, batch.input_ids.size], device=setup.device)
+            self.window_loss += torch.stack([mlm, nsp]).detach()
+            self.window_tokens = [self.window_tokens[0] + batch.num_tokens,
+                                  self.window_tokens[1] + batch.input_ids.size]
         self._update()
         self.epoch = step.epoch
         self.state["predictions"] += step.num_predictions
@@ -611,9 +617,14 @@ class Run:
                 f"try a lower --peak-lr (now {self.config.peak_lr}), longer --warmup-steps, --precision fp32"
             )
 
+    def _window(self) -> Tensor:
+        """Returns the sums since the last log line, over all ranks."""
+        tokens = torch.tensor(self.window_tokens, dtype=torch.float64)
+        return self.setup.sum(torch.cat([self.window_loss.cpu(), tokens]))
+
     def log(self) -> None:
         """Writes and prints a line about the steps since the last one."""
-        loss, nsp, tokens, slots = self.setup.sum(self.window.clone()).tolist()
+        loss, nsp, tokens, slots = self._window().tolist()
         seconds = time.monotonic() - self.window_started
         mean = loss / max(1, self.state["predictions"])
         line = {"step": self.step, "epoch": round(self.epoch, 4), "loss": mean,
@@ -636,19 +647,19 @@ class Run:
         for name in {"nsp_loss", "scale", "skipped"} & line.keys():
             shown += f"  {name} {line[name]:g}"
         say(shown, self.setup.rank)
-        self.window.zero_()
+        self.window_loss.zero_()
+        self.window_tokens = [0, 0]
         self.state |= {"predictions": 0, "sequences": 0}
         self.window_started = time.monotonic()
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluates, writes the line and the plot, and remembers the best step."""
+        """Evaluates, prints and writes a line about it."""
         started = time.monotonic()
         result = evaluate(self.model, self.held_out, self.unigram, self.config.eval_sequences, self.setup)
         self._write({"step": self.step} | result)
         say("step {}  held-out perplexity {eval_perplexity:.2f}  (unigram {unigram_perplexity:.1f})  masked "
             "accuracy {masked_accuracy:.1%}".format(self.step, **result), self.setup.rank)
-        if result["eval_loss"] < self.state["best_loss"]:
-            self.state |= {"best_loss": result["eval_loss"], "best_step": self.step}
+        self.state |= {"eval_loss": result["eval_loss"], "eval_step": self.step}
         self._not_training(started)
         return result
 
@@ -666,10 +677,12 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint of the current step and removes those no longer kept."""
         started = time.monotonic()
-        window = self.setup.sum(self.window.clone())
+        window = self._window()
+        if self.state["eval_step"] == self.step and self.state["eval_loss"] < self.state["best_loss"]:
+            self.state |= {"best_loss": self.state["eval_loss"], "best_step": self.step}
         if self.setup.rank == 0:
             state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                     "state": self.state, "window": window.cpu()}
+                     "state": self.state, "window": window}
             save_checkpoint(self.out, self.step, self.model, self.tokenizer, state)
             remove_old_checkpoints(self.out, self.config.keep, self.state["best_step"])
             plot_log(self.out, f"RoBERTa {self.config.preset}: {self.out.name}")
@@ -725,7 +738,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check(config)
     data = prepared_data(config)
     setup = set_up(config.precision)
-    run = Run(config, data, setup)
+    run = Run(replace(config, precision=setup.precision), data, setup)
     run.resume()
     if run.step >= config.max_steps:
         say(f"{config.out} is finished at step {run.step}. To lengthen it: --max-steps {2 * run.step}, with "

@@ -1,4 +1,4 @@
-"""What the tests share: a small made-up corpus, a prepared directory of it, and the rule for missing oracles."""
+"""What the tests share: a made-up corpus, a prepared directory of it, the rule for missing oracles."""
 
 import importlib
 import os
@@ -12,7 +12,8 @@ import pytest
 import data
 
 ROOT = Path(__file__).parent.parent
-# Published files that are too large for the project (GPT-2's merges, books); tests that need them skip without.
+# Published files that are too large for the project (GPT-2's merges, books); tests that need them skip
+# without.
 PUBLISHED = Path(os.environ.get("ROBERTA_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -46,7 +47,9 @@ def prepared(tmp_path_factory) -> Path:
     """A prepared directory: 300 documents, 400 units, a tenth held out."""
     root = tmp_path_factory.mktemp("corpus")
     (root / "text.txt").write_text("\n\n".join(make_documents(300)), encoding="utf-8")
-    config = data.PrepareConfig((str(root / "text.txt"),), str(root / "prepared"), 400, workers=1, held_out=0.1)
+    config = data.PrepareConfig(
+        (str(root / "text.txt"),), str(root / "prepared"), 400, workers=1, held_out=0.1
+    )
     return data.prepare(config)
 
 

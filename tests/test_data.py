@@ -76,7 +76,10 @@ def test_bad_text_is_named_with_its_place(tmp_path, name, content, message):
 
 def test_docstrings_are_read_and_never_run(tmp_path):
     source = tmp_path / "module.py"
-    source.write_text('"""Top."""\nraise SystemExit\nclass A:\n    """Of A.\n\n    More.\n    """\n    def f(): "Of f."\n')
+    code = (
+        '"""Top."""\nraise SystemExit\nclass A:\n    """Of A.\n\n    More.\n    """\n    def f(): "Of f."\n'
+    )
+    source.write_text(code)
     assert data.docstrings(source) == "Top.\n\nOf A.\n\nMore.\n\nOf f."
     source.write_text('"""unfinished')
     assert data.docstrings(source) == ""
@@ -85,7 +88,8 @@ def test_docstrings_are_read_and_never_run(tmp_path):
 
 
 def test_sentences_joined_are_the_document():
-    for text in ['Dr. Who? "Yes!" he said. (Really.) 3.5 is e.g. a number... Fine', "a\n\nb\n \nc. D\n\n\n", "", "x", "\n\n"]:
+    prose = 'Dr. Who? "Yes!" he said. (Really.) 3.5 is e.g. a number... Fine'
+    for text in [prose, "a\n\nb\n \nc. D\n\n\n", "", "x", "\n\n"]:
         assert "".join(data.split_sentences(text)) == text
     assert data.split_sentences("A title\n\nText here. More.") == ["A title", "\n\nText here.", " More."]
 
@@ -96,7 +100,7 @@ def test_sentences_joined_are_the_document():
 
 
 def test_bpe_on_the_textbook_example():
-    """aaabdaaabac: aa is most frequent (4 overlapping times); then ab and aa+a tie, and the lower unit wins."""
+    """aaabdaaabac: aa is most frequent (4 overlapping times); then ab and aa+a tie: the lower unit wins."""
     assert data.train_bpe(["aaabdaaabac"], 261 + 3).merges == [("a", "a"), ("a", "b"), ("aa", "ab")]
 
 
@@ -114,7 +118,7 @@ def test_bpe_with_several_processes_is_the_same():
 
 
 def test_tiktoken_segments_training_words_as_the_trainer_did():
-    """The trainer's own segmentation, by applying its merges one after the other, against tiktoken's by rank."""
+    """The merges applied to words one after the other, against tiktoken, which goes by rank."""
     documents = make_documents(100)
     tokenizer = data.train_bpe(documents, 700)
     for word in list(data.count_pretokens(documents))[:400]:
@@ -138,9 +142,27 @@ def tokenizer():
     return data.train_bpe([*make_documents(100), "Ümläut é日本語 🙂👍🏽 \r\n\t don't it's"] * 2, 500)
 
 
-STRINGS = ["", " ", "a", "Hello, world!", "it's don't WE'LL", "é日本語 Ω", "🙂👍🏽👨‍👩‍👧", "a\0b\0", "line\r\nline\r\n\r\n",
-           "\t\t  x   \n", "</s> <mask> <s><pad>", "\u0085\u2028 \u00a0x", "\ufeffa", "0123456789" * 3, "\x7f\x80ÿ",
-           "a" * 100_000, " " * 100_000 + "b", "\n" * 50_000, "!?" * 50_000]  # fmt: skip
+STRINGS = [
+    "",
+    " ",
+    "a",
+    "Hello, world!",
+    "it's don't WE'LL",
+    "é日本語 Ω",
+    "🙂👍🏽👨‍👩‍👧",
+    "a\0b\0",
+    "line\r\nline\r\n\r\n",
+    "\t\t  x   \n",
+    "</s> <mask> <s><pad>",
+    "\u0085\u2028 \u00a0x",
+    "\ufeffa",
+    "0123456789" * 3,
+    "\x7f\x80ÿ",
+    "a" * 100_000,
+    " " * 100_000 + "b",
+    "\n" * 50_000,
+    "!?" * 50_000,
+]
 
 
 @pytest.mark.parametrize("text", STRINGS, ids=lambda text: repr(text[:12]))
@@ -185,7 +207,7 @@ def test_tokenizer_saved_and_opened(tokenizer, tmp_path):
 
 
 def test_fairseqs_files_open_through_the_dictionary(tmp_path):
-    """GPT-2's ids 0 = '!', 1 = 'a', 2 = 'aa'; the dictionary lists them by frequency, with padding entries."""
+    """The dictionary lists GPT-2's ids by frequency, here 'aa' and 'a' first, with padding entries."""
     units = {data.spell(bytes([b])): i for i, b in enumerate(data.BYTE_ORDER)}
     a, aa = units["a"], 256
     (tmp_path / "encoder.json").write_text(json.dumps(units | {"aa": aa}))
@@ -266,18 +288,46 @@ def test_any_number_of_workers_and_ranks_gives_the_same_bytes(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     alone = contents(data.prepare(flags(corpus, tmp_path / "alone")))
     assert alone == contents(data.prepare(flags(corpus, tmp_path / "two", workers=2)))
-    command = [sys.executable, "data.py", "prepare", "--corpus", corpus, "--out", tmp_path / "ranks", "--vocab-size",
-               "400", "--held-out", "0.1", "--workers", "1"]  # fmt: skip
-    ranks = [subprocess.Popen(map(str, command), cwd=ROOT, env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2"})
-             for r in range(2)]  # fmt: skip
+    command = [
+        sys.executable,
+        "data.py",
+        "prepare",
+        "--corpus",
+        corpus,
+        "--out",
+        tmp_path / "ranks",
+        "--vocab-size",
+        "400",
+        "--held-out",
+        "0.1",
+        "--workers",
+        "1",
+    ]
+    ranks = [
+        subprocess.Popen(map(str, command), cwd=ROOT, env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2"})
+        for r in range(2)
+    ]
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
     assert alone == contents(tmp_path / "ranks")
 
 
 def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=12, documents=300)
-    command = [sys.executable, "data.py", "prepare", "--corpus", corpus, "--out", tmp_path / "out", "--vocab-size",
-               "400", "--held-out", "0.1", "--workers", "2"]  # fmt: skip
+    command = [
+        sys.executable,
+        "data.py",
+        "prepare",
+        "--corpus",
+        corpus,
+        "--out",
+        tmp_path / "out",
+        "--vocab-size",
+        "400",
+        "--held-out",
+        "0.1",
+        "--workers",
+        "2",
+    ]
     rng, kills = random.Random(0), 0
     for _ in range(40):
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -294,10 +344,11 @@ def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
 
 
 def test_workers_die_with_a_killed_parent(tmp_path):
-    script = ("import data, os, time\n"
-              "list(data.run_jobs(lambda i: (print(os.getpid(), flush=True), time.sleep(60)), [(i,) for i in range(2)], 2))")
-    code = script.replace("lambda i: (print(os.getpid(), flush=True), time.sleep(60))", "work")
-    code = "import os, time\ndef work(i): print(os.getpid(), flush=True); time.sleep(60)\n" + code
+    code = (
+        "import data, os, time\n"
+        "def work(i): print(os.getpid(), flush=True); time.sleep(60)\n"
+        "list(data.run_jobs(work, [(i,) for i in range(2)], 2))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.kill()
@@ -324,7 +375,9 @@ def test_other_settings_in_the_same_place_are_refused(tmp_path):
 
 def test_a_given_tokenizer_is_used(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    out = data.prepare(flags(write_corpus(tmp_path / "c"), tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")))
+    out = data.prepare(
+        flags(write_corpus(tmp_path / "c"), tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
+    )
     assert data.Corpus(out).tokenizer.fingerprint == tokenizer.fingerprint
 
 
@@ -355,9 +408,21 @@ def test_prepare_command_line_errors_are_one_line(tmp_path):
 def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(tmp_path):
     """A limit on the size of files stands in for the disk's end."""
     corpus = write_corpus(tmp_path / "corpus", files=2, documents=400)
-    code = ("import resource, signal, sys, data; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); data.main(sys.argv[1:])")
-    arguments = ["prepare", "--corpus", corpus, "--out", tmp_path / "out", "--vocab-size", "400", "--held-out", "0.1"]
+    code = (
+        "import resource, signal, sys, data; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); data.main(sys.argv[1:])"
+    )
+    arguments = [
+        "prepare",
+        "--corpus",
+        corpus,
+        "--out",
+        tmp_path / "out",
+        "--vocab-size",
+        "400",
+        "--held-out",
+        "0.1",
+    ]
     result = run("-c", code, *arguments)
     assert result.returncode == 1 and "File too large" in result.stderr and result.stderr.count("\n") == 1
     assert run("data.py", *arguments).returncode == 0
@@ -435,7 +500,9 @@ def greedy(sentences, documents, room, across):
             piece_end = min(piece_begin + room, sentence_end)
             new_document = end in ends and end > begin
             extra = int(new_document and across)
-            if end > begin and (piece_end - begin + separators + extra > room or (new_document and not across)):
+            if end > begin and (
+                piece_end - begin + separators + extra > room or (new_document and not across)
+            ):
                 runs.append([begin, end])
                 begin, separators, extra = end, 0, 0
             end, separators = piece_end, separators + extra
@@ -447,11 +514,16 @@ def test_pack_equals_its_definition(seed):
     rng = random.Random(seed)
     sentences, documents = random_shard(rng)
     seq_len = rng.randint(6, 60)
-    for name, room, across in (("full-sentences", seq_len - 2, True), ("doc-sentences", seq_len - 2, False),
-                               ("segment-pair", (seq_len - 4) // 2, False)):  # fmt: skip
+    for name, room, across in (
+        ("full-sentences", seq_len - 2, True),
+        ("doc-sentences", seq_len - 2, False),
+        ("segment-pair", (seq_len - 4) // 2, False),
+    ):
         found = data.pack(sentences, documents, seq_len, name)
         assert found.tolist() == greedy(sentences, documents, room, across), name
-        assert found[:, 0].tolist() == [0, *found[:-1, 1]] and found[-1, 1] == sentences[-1]  # all tokens, once
+        assert (
+            found[:, 0].tolist() == [0, *found[:-1, 1]] and found[-1, 1] == sentences[-1]
+        )  # all tokens, once
 
 
 def test_pack_in_stretches_loses_nothing(monkeypatch):
@@ -479,7 +551,8 @@ def test_an_epoch_holds_the_corpus_exactly(prepared, input_format):
         seen.update(inside[inside > 3].tolist())
         separators = np.flatnonzero(inside == data.EOS)
         a, b = epoch.first[i]
-        assert len(separators) == sum(a < end < b for shard in corpus.shards for end in shard.documents + shard.base)
+        ends = np.concatenate([shard.documents + shard.base for shard in corpus.shards])
+        assert len(separators) == ((a < ends) & (ends < b)).sum()
     assert seen == Counter(np.concatenate([shard.tokens for shard in corpus.shards]).tolist())
 
 
@@ -491,8 +564,8 @@ def test_pairs_feed_every_sentence_and_half_are_negatives(prepared, input_format
     pairings = set()
     for epoch_number in range(3):
         epoch = sequences.epoch(0, epoch_number)
-        document = lambda ranges: np.searchsorted(ends, ranges[:, 0], side="right")  # noqa: E731
-        same = document(epoch.first) == document(epoch.second)
+        first, second = (np.searchsorted(ends, r[:, 0], side="right") for r in (epoch.first, epoch.second))
+        same = first == second
         follows = epoch.first[:, 1] == epoch.second[:, 0]
         assert (same == (epoch.is_random == 0)).all() and (follows[same]).all()
         assert abs(epoch.is_random.mean() - 0.5) < 0.03
@@ -506,7 +579,10 @@ def test_pairs_feed_every_sentence_and_half_are_negatives(prepared, input_format
     assert len(pairings) == 3
 
 
-@pytest.mark.parametrize("documents", [[0, 0, 0, 0, 0, 1], [0, 1], [0, 0, 0, 1, 1, 2], [0] * 30 + [1], [0, 1, 2, 3, 4]])
+AWKWARD = [[0, 0, 0, 0, 0, 1], [0, 1], [0, 0, 0, 1, 1, 2], [0] * 30 + [1], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("documents", AWKWARD)
 def test_pairs_of_awkward_corpora(documents):
     documents = np.array(documents)
     for epoch in range(5):
@@ -570,7 +646,10 @@ def test_masks_depend_on_seed_epoch_sequence_and_position_alone():
 
 def test_static_masks_return_after_ten_epochs_and_dynamic_ones_never():
     ids = rows()
-    mask = lambda epoch, kind: data.mask_tokens(ids, np.arange(64), epoch, seed=0, vocab_size=V, masking=kind)[1]  # noqa: E731
+
+    def mask(epoch, kind):
+        return data.mask_tokens(ids, np.arange(64), epoch, seed=0, vocab_size=V, masking=kind)[1]
+
     static = [mask(epoch, "static") for epoch in range(20)]
     assert all(np.array_equal(static[e], static[e + 10]) for e in range(10))
     assert len({m.tobytes() for m in static}) == 10
@@ -593,7 +672,11 @@ def spy(batches):
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 12), (1, 3), (2, 6), (3, 2), (4, 1)])
 def test_every_sequence_once_an_epoch_whatever_the_ranks(prepared, input_format, world_size, micro):
     sequences = data.Sequences(data.Corpus(prepared), input_format, 64)
-    make = lambda rank, n, m: spy(data.Batches(sequences, batch_size=12, micro_batch_size=m, seed=3, rank=rank, world_size=n))  # noqa: E731, E501
+
+    def make(rank, world, micro):
+        options = {"batch_size": 12, "micro_batch_size": micro, "seed": 3, "rank": rank, "world_size": world}
+        return spy(data.Batches(sequences, **options))
+
     alone, ranks = make(0, 1, 12), [make(rank, world_size, micro) for rank in range(world_size)]
     seen = Counter()
     size = len(sequences.epoch(3, 0).first)
@@ -640,7 +723,8 @@ def test_batches_say_what_they_hold(prepared, input_format):
 
 def test_a_batch_that_does_not_divide_says_what_would(prepared):
     sequences = data.Sequences(data.Corpus(prepared), "full-sentences", 64)
-    with pytest.raises(ValueError, match="12 x world_size 4 = 48 does not divide batch_size 256; try micro_batch_size 8"):
+    message = "12 x world_size 4 = 48 does not divide batch_size 256; try micro_batch_size 8"
+    with pytest.raises(ValueError, match=message):
         data.Batches(sequences, batch_size=256, micro_batch_size=12, seed=0, world_size=4)
 
 
@@ -648,7 +732,9 @@ def test_held_out_batches_are_all_sequences_once_over_all_ranks(prepared):
     sequences = data.Sequences(data.Corpus(prepared, "heldout"), "full-sentences", 64)
     seen = []
     for rank in range(3):
-        batches = spy(data.Batches(sequences, batch_size=12, micro_batch_size=4, seed=0, rank=rank, world_size=3))
+        batches = spy(
+            data.Batches(sequences, batch_size=12, micro_batch_size=4, seed=0, rank=rank, world_size=3)
+        )
         seen += [i for batch in batches.held_out(10**6) for i, _ in batch]
     assert sorted(seen) == list(range(len(sequences.ranges)))
 

@@ -12,13 +12,23 @@ from torch.nn import functional as F
 import data
 import roberta
 
-ODD = {"vocab_size": 97, "hidden_size": 10, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 22,
-       "max_position_embeddings": 23, "initializer_range": 0.3, "layer_norm_eps": 1e-5}
+ODD = {
+    "vocab_size": 97,
+    "hidden_size": 10,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 22,
+    "max_position_embeddings": 23,
+    "initializer_range": 0.3,
+    "layer_norm_eps": 1e-5,
+}
 
 
 def needs_published(*names):
     missing = [name for name in names if not (PUBLISHED / name).exists()]
-    return pytest.mark.skipif(bool(missing), reason=f"not in {PUBLISHED}: {', '.join(missing)}; set ROBERTA_DATA")
+    return pytest.mark.skipif(
+        bool(missing), reason=f"not in {PUBLISHED}: {', '.join(missing)}; set ROBERTA_DATA"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -26,12 +36,14 @@ def needs_published(*names):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def twin_models(oracle, tmp_path, dropout=0.0, **changes):
+def twin_models(oracle, dropout=0.0, **changes):
     """A randomly initialised Hugging Face model, and ours with the same weights."""
     transformers = oracle("transformers")
     shape = ODD | {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout} | changes
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(**shape, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1)
+    config = transformers.RobertaConfig(
+        **shape, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1
+    )
     theirs = transformers.RobertaForMaskedLM(config).eval()
     for p in theirs.parameters():  # biases and gains away from 0 and 1, or they would not be tested
         torch.nn.init.normal_(p, 0.1, 0.3)
@@ -40,8 +52,8 @@ def twin_models(oracle, tmp_path, dropout=0.0, **changes):
     return ours.eval(), theirs
 
 
-def test_logits_loss_and_gradients_equal_hugging_faces(oracle, tmp_path):
-    ours, theirs = twin_models(oracle, tmp_path)
+def test_logits_loss_and_gradients_equal_hugging_faces(oracle):
+    ours, theirs = twin_models(oracle)
     input_ids = torch.randint(4, 96, (3, 17))
     input_ids[1, 9:], input_ids[2, 3:] = 1, 1
     mask = input_ids != 1
@@ -62,8 +74,8 @@ def test_logits_loss_and_gradients_equal_hugging_faces(oracle, tmp_path):
         torch.testing.assert_close(p.grad, expected, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_hidden_states_equal_hugging_faces(oracle, tmp_path):
-    ours, theirs = twin_models(oracle, tmp_path, num_hidden_layers=5)
+def test_hidden_states_equal_hugging_faces(oracle):
+    ours, theirs = twin_models(oracle, num_hidden_layers=5)
     input_ids = torch.randint(4, 96, (2, 21))
     expected = theirs(input_ids, output_hidden_states=True).hidden_states
     for a, b in zip(ours.extract_features(input_ids, return_all_hiddens=True), expected, strict=True):
@@ -93,8 +105,9 @@ def train_both(oracle, documents, vocab_size, workers=1):
     """Returns our merges and theirs, and the seconds each took."""
     tokenizers = oracle("tokenizers")
     theirs, started = tokenizers.ByteLevelBPETokenizer(), time.perf_counter()
-    theirs.train_from_iterator(documents, vocab_size, min_frequency=2, show_progress=False,
-                               special_tokens=list(data.SPECIAL_TOKENS))
+    theirs.train_from_iterator(
+        documents, vocab_size, min_frequency=2, show_progress=False, special_tokens=list(data.SPECIAL_TOKENS)
+    )
     between = time.perf_counter()
     ours = data.train_bpe(documents, vocab_size, workers=workers)
     ended = time.perf_counter()
@@ -104,7 +117,10 @@ def train_both(oracle, documents, vocab_size, workers=1):
 
 @pytest.mark.parametrize("vocab_size", [300, 1000, 5000])
 def test_merges_equal_hugging_faces_on_made_up_text(oracle, vocab_size):
-    documents = [*make_documents(300), "aaaa aaa aaaaaaa abab ababab 1111 !!!! éééé日本日本 🙂🙂\n\n\n  \t"] * 2
+    documents = [
+        *make_documents(300),
+        "aaaa aaa aaaaaaa abab ababab 1111 !!!! éééé日本日本 🙂🙂\n\n\n  \t",
+    ] * 2
     ours, theirs, _, _ = train_both(oracle, documents, vocab_size)
     assert ours.merges == theirs
 
@@ -119,7 +135,7 @@ def test_merges_equal_hugging_faces_where_two_merges_make_one_unit(oracle):
 
 
 @needs_published("text/books-0.txt.xz")
-def test_merges_equal_hugging_faces_on_ten_megabytes_of_books(oracle, record_property):
+def test_merges_equal_hugging_faces_on_ten_megabytes_of_books(oracle):
     """8,192 units; the time of both is printed, and asserted nowhere."""
     documents, size = [], 0
     for document in data.read_documents(PUBLISHED / "text" / "books-0.txt.xz"):
@@ -129,19 +145,37 @@ def test_merges_equal_hugging_faces_on_ten_megabytes_of_books(oracle, record_pro
             break
     ours, theirs, our_seconds, their_seconds = train_both(oracle, documents, 8192, workers=2)
     assert ours.merges == theirs
-    print(f"BPE, {size / 1e6:.1f} MB, 8,192 units: ours {our_seconds:.2f} s, Hugging Face's {their_seconds:.2f} s")
+    print(f"BPE, {size / 1e6:.1f} MB, 8,192 units: {our_seconds:.2f} s, Hugging Face's {their_seconds:.2f} s")
 
 
 def mixed_text(size):
     """Words, numbers, punctuation, scripts, emoji, controls and long runs, the same every time."""
     rng = random.Random(0)
     pieces, length = [], 0
-    scripts = ["the quick Brown fox's don't we'll I'VE", "naïve façade Ærøskøbing", "Привет мир", "日本語のテキスト", "한국어",
-               "مرحبا بالعالم", "हिन्दी", "🙂👍🏽👨‍👩‍👧🇩🇪", "3.14159 1,000,000 ½ ²", "\t\t\n\r\n  \n", "\x00\x01\x7f\x80\xa0\u200b\u2028",
-               "</s><mask>", "a" * 50, " " * 37, "!?" * 20, "http://x.y/z?q=1&r=%20", "e\u0301 o\u0308"]  # fmt: skip
+    scripts = [
+        "the quick Brown fox's don't we'll I'VE",
+        "naïve façade Ærøskøbing",
+        "Привет мир",
+        "日本語のテキスト",
+        "한국어",
+        "مرحبا بالعالم",
+        "हिन्दी",
+        "🙂👍🏽👨‍👩‍👧🇩🇪",
+        "3.14159 1,000,000 ½ ²",
+        "\t\t\n\r\n  \n",
+        "\x00\x01\x7f\x80\xa0\u200b\u2028",
+        "</s><mask>",
+        "a" * 50,
+        " " * 37,
+        "!?" * 20,
+        "http://x.y/z?q=1&r=%20",
+        "e\u0301 o\u0308",
+    ]
     while length < size:
         script = rng.choice(scripts)
-        piece = rng.choice([script, script[: rng.randint(0, len(script))], script.replace(" ", ""), script.upper()])
+        piece = rng.choice(
+            [script, script[: rng.randint(0, len(script))], script.replace(" ", ""), script.upper()]
+        )
         pieces += [piece, rng.choice(["", " ", "  ", "\n", ". "])]
         length += len("".join(pieces[-2:]).encode())
     return "".join(pieces)

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import subprocess
 
 import pytest
 import torch
@@ -22,9 +21,16 @@ from roberta import (
 
 # Odd, unequal dimensions, so that a transposed axis cannot hide: B3 T7 C10 H2 V97.
 ODD = RobertaConfig(
-    vocab_size=97, hidden_size=10, num_hidden_layers=3, num_attention_heads=2, intermediate_size=22,
-    max_position_embeddings=23, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=10,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=22,
+    max_position_embeddings=23,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.3,
+)
 
 
 @pytest.fixture
@@ -109,7 +115,9 @@ def test_a_row_of_padding_gives_no_nan_in_values_or_gradients(model, input_ids):
 
 def test_the_head_on_predicted_positions_equals_the_head_everywhere(model, input_ids):
     positions = torch.tensor([1, 6, 7, 20])
-    torch.testing.assert_close(model(input_ids, positions=positions), model(input_ids).flatten(0, 1)[positions])
+    torch.testing.assert_close(
+        model(input_ids, positions=positions), model(input_ids).flatten(0, 1)[positions]
+    )
 
 
 def test_initialisation():
@@ -127,7 +135,9 @@ def test_initialisation():
 
 
 def test_dropout_acts_in_training_only(input_ids):
-    config = RobertaConfig(**{**ODD.__dict__, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5})
+    config = RobertaConfig(
+        **{**ODD.__dict__, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    )
     model = RobertaForMaskedLM(config)
     assert not torch.equal(model(input_ids), model(input_ids))
     model.eval()
@@ -181,8 +191,17 @@ def test_configs_are_checked():
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [RobertaForMaskedLM, RobertaForSequenceClassification, RobertaForPreTraining,
-                                  RobertaForMultipleChoice, RobertaForQuestionAnswering, RobertaModel])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        RobertaForMaskedLM,
+        RobertaForSequenceClassification,
+        RobertaForPreTraining,
+        RobertaForMultipleChoice,
+        RobertaForQuestionAnswering,
+        RobertaModel,
+    ],
+)
 @pytest.mark.parametrize("types", [1, 2])
 def test_saved_and_opened_is_the_same_bit_for_bit(tmp_path, kind, types, capsys):
     model = kind(RobertaConfig(**{**ODD.__dict__, "type_vocab_size": types}))
@@ -237,8 +256,9 @@ class Hostile:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("write", [lambda p: torch.save({"x": Hostile()}, p),
-                                   lambda p: p.write_bytes(pickle.dumps(Hostile()))])  # fmt: skip
+@pytest.mark.parametrize(
+    "write", [lambda p: torch.save({"x": Hostile()}, p), lambda p: p.write_bytes(pickle.dumps(Hostile()))]
+)
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, model, write, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model.save_pretrained(tmp_path)
@@ -293,5 +313,6 @@ def test_command_line(saved):
 
 
 def test_importing_has_no_side_effect():
-    command = "import sys, roberta; assert not {'data', 'numpy.random', 'matplotlib'} & ({'data', 'matplotlib'} & set(sys.modules))"
-    assert isinstance(run("-c", command), subprocess.CompletedProcess) and run("-c", command).returncode == 0
+    assert (
+        run("-c", "import sys, roberta; assert not {'data', 'matplotlib'} & set(sys.modules)").returncode == 0
+    )
