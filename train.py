@@ -276,7 +276,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Returns the rate of step 0, 1, ...: up linearly for the warm-up, then down linearly to 0 (§2).
 
-    >>> config = dataclasses.replace(base(), max_steps=10, warmup_steps=2, peak_lr=1.0)
+    >>> config = replace(base(), max_steps=10, warmup_steps=2, peak_lr=1.0)
     >>> [learning_rate(step, config) for step in (0, 1, 2, 6)]
     [0.5, 1.0, 1.0, 0.5]
     """
@@ -453,7 +453,7 @@ def plot_log(out: Path, title: str) -> None:
         axes.axhline(unigram, color="#d94801", linestyle="--", linewidth=1)
         label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
         axes.annotate("unigram baseline", (held[-1][0], unigram), (0, 3), color="#d94801", **label)
-        axes.annotate(f"perplexity {math.exp(held[-1][1]):.1f}", held[-1], (0, -15), color="#08519c", **label)
+        axes.annotate(f"perplexity {math.exp(held[-1][1]):.1f}", held[-1], (0, 8), color="#08519c", **label)
     axes.set(xlabel="optimiser steps", ylabel="masked-LM loss (nats)", title=title)
     if train or held:
         axes.legend(frameon=False, loc="upper center", ncols=2)
@@ -685,7 +685,7 @@ class Run:
                      "state": self.state, "window": window}
             save_checkpoint(self.out, self.step, self.model, self.tokenizer, state)
             remove_old_checkpoints(self.out, self.config.keep, self.state["best_step"])
-            plot_log(self.out, f"RoBERTa {self.config.preset}: {self.out.name}")
+            plot_log(self.out, f"RoBERTa {self.config.preset}, {self.model.num_parameters():,} parameters")
         self._not_training(started)
 
     def finish(self, result: dict[str, float]) -> dict[str, Any]:

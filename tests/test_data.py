@@ -312,7 +312,7 @@ def test_any_number_of_workers_and_ranks_gives_the_same_bytes(tmp_path):
 
 
 def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus", files=12, documents=300)
+    corpus = write_corpus(tmp_path / "corpus", files=12, documents=600)
     command = [
         sys.executable,
         "data.py",
@@ -329,10 +329,10 @@ def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
         "2",
     ]
     rng, kills = random.Random(0), 0
-    for _ in range(40):
+    for attempt in range(60):
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
-            process.wait(timeout=rng.uniform(0.2, 0.7))
+            process.wait(timeout=rng.uniform(0.2, 0.5) + 0.01 * attempt)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
