@@ -27,7 +27,6 @@ import gzip
 import hashlib
 import heapq
 import importlib.util
-import inspect
 import io
 import json
 import lzma
@@ -47,6 +46,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -84,7 +84,7 @@ def find_parts(corpus: Iterable[str | Path], part_bytes: int = PART_BYTES) -> li
         found = [path] if path.is_file() else [p for p in path.rglob("*") if p.name.endswith(TEXT_ENDINGS)]
         if not found:
             raise ValueError(f"{path}: no text here; files must end in one of {' '.join(TEXT_ENDINGS)}")
-        files += sorted(found)
+        files += sorted(p for p in found if p.is_file())
     return [part for file in files for part in _cut(file, part_bytes)]
 
 
@@ -127,7 +127,9 @@ def read_documents(path: str | Path, begin: int = 0, end: int | None = None) -> 
                 line = raw.decode("utf-8").rstrip("\r\n")
                 line = line.removeprefix("\ufeff") if position == 0 else line  # a byte-order mark is no text
                 if is_json and line.strip():
-                    yield _text_of_row(line)
+                    text = _text_of_row(line)
+                    if text.strip():
+                        yield text
                 elif line.strip():
                     lines.append(line)
                     size += len(raw)
@@ -174,13 +176,14 @@ def documentation_files() -> list[Path]:
 
 
 def docstrings(path: Path) -> str:
-    """Returns the docstrings of a Python source as one document, in their order; "" where there are none.
+    """Returns the docstrings of a Python source as one document, in their order.
 
-    The source is parsed, never imported. A file that this interpreter cannot parse counts as empty.
+    The source is parsed, never imported. A file without triple quotes, or one that this interpreter cannot
+    parse, gives "".
     """
     source = path.read_text(encoding="utf-8", errors="ignore")
     if 3 * '"' not in source and 3 * "'" not in source:
-        return ""  # a quarter of the files: not worth parsing
+        return ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
@@ -188,15 +191,18 @@ def docstrings(path: Path) -> str:
     except (SyntaxError, ValueError, RecursionError):
         return ""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node, False)]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node)]
     nodes.sort(key=lambda node: node.body[0].lineno)
-    return "\n\n".join(inspect.cleandoc(ast.get_docstring(node, False)) for node in nodes)
+    return "\n\n".join(map(ast.get_docstring, nodes))
 
 
 # A sentence ends after . ! or ? with any closing quotes and brackets, before white space that leads to
 # anything but a lowercase letter; and before a blank line. The white space stays with the sentence that it
 # introduces.
-SENTENCE_END = re.compile(r"""[.!?]["'”’)\]]*(?=\s+[^\sa-z])|\S(?=\s*?\n\s*\n\s*\S)""")
+# (White space is written [^\S\x1c-\x1f], since Python's \s has four characters more than the tokenizer's.)
+SENTENCE_END = re.compile(
+    r"""[.!?]["'”’)\]]*(?=[^\S\x1c-\x1f]+[^\sa-z])|\S(?=[^\S\n\x1c-\x1f]*\n[^\S\n\x1c-\x1f]*\n\s*\S)"""
+)
 
 
 def split_sentences(document: str) -> list[str]:
@@ -474,7 +480,7 @@ def learn_merges(counts: Counter[str], vocab_size: int, min_frequency: int = 2) 
                 units.append(left + right)
             arose = _merge(pair, chr(number[left + right]), where, words, frequency, pair_count)
             for new_pair, seen_in in arose.items():
-                if pair_count[new_pair] > 0:
+                if pair_count[new_pair] > 0:  # in "aaaa" a pair may arise and go again
                     heapq.heappush(heap, (-pair_count[new_pair], new_pair, seen_in))
 
     tokens = [*SPECIAL_TOKENS[:4], *units, "<mask>"]
@@ -531,6 +537,7 @@ def garbage_collector_off() -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 1
+WORK = "prepare-work"  # what an unfinished preparation has, in its directory
 TRAIN, HELD_OUT, DUPLICATE = range(3)  # what becomes of a document
 SPLITS = ("train", "heldout")
 
@@ -556,51 +563,66 @@ class PrepareConfig:
 def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
     """Turns a corpus into token shards in `config.out`; returns that directory, at once if it is complete.
 
-    Three passes: digest every document (to drop exact duplicates, and to choose the held-out ones so that no
-    copy of them is trained on), train the tokenizer, encode. A pass is one independent job for each part of
-    the corpus. A job's result appears under its name only when it is whole, and a job whose result is there
-    is not
-    done again: killed anywhere, the same call finishes the rest. Under torchrun each rank takes its share of
-    the parts and waits for the others' results to appear in the directory, which all must see.
+    Digest every document (to drop exact duplicates, and to choose the held-out ones so that no copy of them is
+    trained on), train the tokenizer, encode. The first and the last are a job for each part of the corpus,
+    whose result appears under its name only when it is whole, and which is not done again if that is there:
+    killed anywhere, the same call finishes the rest. Under torchrun each rank takes its share of the parts and
+    waits for the others' results to appear in the directory, which all must see.
 
     Raises: ValueError for bad input or where `out` holds something else; OSError where the disk is full.
     """
-    out, work, workers = Path(config.out), Path(config.out) / "work", config.workers or os.cpu_count() or 1
-    settings = _settings(config)
+    out, work, settings = Path(config.out), Path(config.out) / WORK, _settings(config)
     if (out / "manifest.json").exists():
-        _compare_settings(out, read_json(out / "manifest.json")["settings"], settings)
+        _compare_settings(out, read_json(out / "manifest.json").get("settings", {}), settings)
         say(f"{out} is prepared already", rank)
+        shutil.rmtree(work, ignore_errors=True)  # it is there only if the end came in between
         return out
-    if rank == 0:
+    if rank == 0 and not (work / "settings.json").exists():
+        if (out / "tokenizer").exists():
+            raise ValueError(f"{out} holds the tokenizer/ of something else; choose another --out")
         work.mkdir(parents=True, exist_ok=True)
-        if (work / "settings.json").exists():
-            _compare_settings(out, read_json(work / "settings.json"), settings)
         write_atomically(work / "settings.json", json.dumps(settings).encode())
-    wait_for([work / "settings.json"])
+    wait_for([work / "settings.json"], out)
+    _compare_settings(out, read_json(work / "settings.json"), settings)
+    try:
+        _run_passes(config, settings, rank, world_size)
+    except OSError:
+        if rank == 0 or not (out / "manifest.json").exists():
+            raise  # else rank 0 needed nothing more of this one, and has cleaned up
+    return out
 
+
+def _run_passes(config: PrepareConfig, settings: dict, rank: int, world_size: int) -> None:
+    out, work = Path(config.out), Path(config.out) / WORK
+    workers = config.workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     parts = find_parts(config.corpus or [_harvest(out, workers, rank)])
     mine = range(rank, len(parts), world_size)
     digests = [work / f"digests-{i:05d}.npy" for i in range(len(parts))]
     jobs = [(parts[i], digests[i]) for i in mine if not digests[i].exists()]
     _run_parts("digest", _digest_part, jobs, workers)
-    wait_for(digests)
+    wait_for(digests, out)
     splits = _assign_splits([np.load(path) for path in digests], config.held_out)
 
     if rank == 0 and not (out / "tokenizer").exists():
         given = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer)
         (given or _learn(config, parts, workers)).save_pretrained(work / "tokenizer")
         os.replace(work / "tokenizer", out / "tokenizer")
-    wait_for([out / "tokenizer"])
+    wait_for([out / "tokenizer"], out)
 
     records = [work / f"encoded-{i:05d}.json" for i in range(len(parts))]
     jobs = [(parts[i], i, splits[i], out) for i in mine if not records[i].exists()]
     _run_parts("encode", _encode_part, jobs, workers)
-    wait_for(records)
+    wait_for(records, out)
     if rank == 0:
         _write_manifest(out, settings, [read_json(path) for path in records], np.concatenate(splits))
         shutil.rmtree(work)
-    wait_for([out / "manifest.json"])
-    return out
+    wait_for([out / "manifest.json"], out)
+
+
+def wait_for(paths: Sequence[Path], out: Path) -> None:
+    """Returns when the paths exist, or `out` is complete: so ranks wait for each other without a network."""
+    while not all(path.exists() for path in paths) and not (out / "manifest.json").exists():
+        time.sleep(0.2)
 
 
 def _settings(config: PrepareConfig) -> dict:
@@ -611,28 +633,24 @@ def _settings(config: PrepareConfig) -> dict:
         learn_merges(Counter(), config.vocab_size)  # raises now, not after an hour of reading
     given = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer).fingerprint
     corpus = find_parts(config.corpus) or "documentation"
-    settings = {"corpus": corpus, "tokenizer": given or config.vocab_size, "held_out": config.held_out,
-                "bpe_megabytes": config.bpe_megabytes}
+    settings = {"format_version": FORMAT_VERSION, "corpus": corpus, "tokenizer": given or config.vocab_size,
+                "held_out": config.held_out, "bpe_megabytes": config.bpe_megabytes}
     return json.loads(json.dumps(settings))  # as it will be read back, with lists for tuples
 
 
 def _compare_settings(out: Path, before: dict, now: dict) -> None:
     for key in now:
         if before.get(key) != now[key]:
-            raise ValueError(f"{out} was prepared with {key} {str(before.get(key))[:200]}, this call asks "
-                             f"for {str(now[key])[:200]}; choose another --out or delete it")
+            change = f"with {key} {before.get(key)}, this call asks for {now[key]}"
+            if key == "corpus":
+                change = "from other files, or they have changed since"
+            raise ValueError(f"{out} was prepared {change}; choose another --out or delete it")
 
 
 def say(message: str, rank: int | None = None) -> None:
     """Prints for the person watching, once however many ranks there are."""
     if (int(os.environ.get("RANK", 0)) if rank is None else rank) == 0:
         print(message, flush=True)
-
-
-def wait_for(paths: Sequence[Path]) -> None:
-    """Returns when all the paths exist: how ranks wait for each other's results without a network."""
-    while not all(path.exists() for path in paths):
-        time.sleep(0.2)
 
 
 def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
@@ -659,6 +677,8 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterato
         while running:
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in finished)
+    except BrokenProcessPool:
+        raise OSError("a worker was killed, perhaps for want of memory; try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -677,10 +697,10 @@ def _start_worker(parent: int) -> None:
 
 def _run_parts(what: str, function: Callable, jobs: list[tuple], workers: int) -> None:
     """Runs a pass over parts of the corpus; reports progress, rate and time left every five seconds or so."""
-    sizes = {job[0]: job[0].end - job[0].begin for job in jobs}
-    total, done, started, reported = sum(sizes.values()), 0, time.monotonic(), time.monotonic()
+    total = sum(part.end - part.begin for part, *_ in jobs)
+    done, started, reported = 0, time.monotonic(), time.monotonic()
     for count, part in enumerate(run_jobs(function, jobs, min(workers, len(jobs))), 1):
-        done += sizes[part]
+        done += part.end - part.begin
         now = time.monotonic()
         if now - reported > 5 or count == len(jobs):
             reported, rate = now, max(done, 1) / max(now - started, 1e-9)
@@ -699,7 +719,7 @@ def _harvest(out: Path, workers: int, rank: int) -> Path:
         jobs = [(files[i::parts], temporary / f"part-{i:02d}.jsonl") for i in range(parts)]
         say(f"found {sum(run_jobs(_harvest_files, jobs, workers)) / 1e6:.1f} MB of it")
         os.replace(temporary, directory)
-    wait_for([directory])
+    wait_for([directory], out)
     return directory
 
 
@@ -744,10 +764,12 @@ def _assign_splits(digests: list[np.ndarray], held_out: float) -> list[np.ndarra
 
 def _learn(config: PrepareConfig, parts: list[Part], workers: int) -> Tokenizer:
     """Trains the tokenizer on the first documents of every part, `bpe_megabytes` in all."""
-    share = config.bpe_megabytes * 1_000_000 // len(parts) + 1
+    # The share of a part goes by its size; packed text is some four times as long as its file.
+    sizes = [(p.end - p.begin) * (4 if p.path.endswith((".gz", ".xz")) else 1) for p in parts]
+    shares = [1_000_000 * config.bpe_megabytes * size // max(1, sum(sizes)) for size in sizes]
     counts: Counter[str] = Counter()
-    for part in run_jobs(_count_part, [(part, share) for part in parts], workers):
-        counts.update(part)
+    for part_counts in run_jobs(_count_part, zip(parts, shares), workers):
+        counts.update(part_counts)
     tokenizer = learn_merges(counts, config.vocab_size)
     say(f"trained a tokenizer of {tokenizer.vocab_size} units on {len(counts):,} different pre-tokens")
     if tokenizer.vocab_size < config.vocab_size:
@@ -756,6 +778,8 @@ def _learn(config: PrepareConfig, parts: list[Part], workers: int) -> Tokenizer:
 
 
 def _count_part(part: Part, characters: int) -> Counter[str]:
+    """Returns the pre-tokens of a part's first documents, about so many characters of them."""
+
     def sample() -> Iterator[str]:
         left = characters
         for document in read_documents(*part):
@@ -793,11 +817,13 @@ class ShardWriter:
         self.counts = dict.fromkeys(self.KINDS, 0)
         self.unigram = np.zeros(vocab_size, dtype=np.int64)
         self.pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self.pending_tokens = 0
 
     def add(self, ids: np.ndarray, sentence_ends: np.ndarray) -> None:
-        """Takes one document; writes now and then, a thousand documents at once."""
+        """Takes one document; writes now and then, a million tokens at once."""
         self.pending.append((ids, sentence_ends))
-        if len(self.pending) == 1000:
+        self.pending_tokens += len(ids)
+        if self.pending_tokens > 1_000_000:
             self._write()
 
     def _write(self) -> None:
@@ -814,7 +840,7 @@ class ShardWriter:
             self.hashes[kind].update(content)
             self.counts[kind] += len(array)
         self.unigram += np.bincount(ids, minlength=len(self.unigram))
-        self.pending = []
+        self.pending, self.pending_tokens = [], 0
 
     def close(self) -> dict:
         """Puts the files under their names; returns the shard's entry in the manifest."""
@@ -836,12 +862,16 @@ def _encode_part(part: Part, index: int, splits: np.ndarray, out: Path) -> Part:
     """Writes the part's shards, train and held-out, then the record that says they are whole."""
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
     writers = [ShardWriter(out, f"{split}-{index:05d}", tokenizer.vocab_size) for split in SPLITS]
-    for split, document in zip(splits.tolist(), read_documents(*part), strict=True):
-        if split != DUPLICATE:
-            writers[split].add(*encode_document(document, tokenizer))
+    number = -1
+    for number, document in enumerate(read_documents(*part)):
+        if number < len(splits) and splits[number] != DUPLICATE:
+            writers[splits[number]].add(*encode_document(document, tokenizer))
+    if number + 1 != len(splits):
+        raise ValueError(f"{part.path} had {len(splits)} documents when preparation began, {number + 1} now; "
+                         f"delete {out} and start over")
     record = {split: writer.close() for split, writer in zip(SPLITS, writers)}
-    save_array(out / "work" / f"unigram-{index:05d}.npy", writers[TRAIN].unigram)
-    write_atomically(out / "work" / f"encoded-{index:05d}.json", json.dumps(record).encode())
+    save_array(out / WORK / f"unigram-{index:05d}.npy", writers[TRAIN].unigram)
+    write_atomically(out / WORK / f"encoded-{index:05d}.json", json.dumps(record).encode())
     return part
 
 
@@ -861,7 +891,7 @@ def _write_manifest(out: Path, settings: dict, records: list[dict], splits: np.n
         "shards": {split: [record[split] for record in records if record[split]["counts"]["tokens"]]
                    for split in SPLITS},
     }
-    save_array(out / "unigram.npy", sum(map(np.load, sorted((out / "work").glob("unigram-*.npy")))))
+    save_array(out / "unigram.npy", sum(map(np.load, sorted((out / WORK).glob("unigram-*.npy")))))
     write_atomically(out / "manifest.json", json.dumps(manifest, indent=1).encode())
     for split in SPLITS:
         say(f"{split}: " + ", ".join(f"{counts[split][kind]:,} {kind}" for kind in ShardWriter.KINDS))
@@ -894,17 +924,17 @@ class Corpus:
     def __init__(self, directory: str | Path, split: Literal["train", "heldout"] = "train"):
         self.directory, self.split = Path(directory), split
         if not (self.directory / "manifest.json").is_file():
-            unfinished = (self.directory / "work" / "settings.json").exists()
+            unfinished = (self.directory / WORK / "settings.json").exists()
             raise ValueError(f"{directory}: " + ("its preparation is unfinished; run the same command again"
                              if unfinished else "no manifest.json; make one with `python data.py prepare`"))
         self.manifest = read_json(self.directory / "manifest.json")
         if (version := self.manifest.get("format_version")) != FORMAT_VERSION:
             raise ValueError(f"{directory}: format version {version}, this program reads {FORMAT_VERSION}; "
-                             "prepare the corpus again")
+                             "delete it and prepare again")
         self.tokenizer = Tokenizer.from_pretrained(self.directory / "tokenizer")
         if (found := self.tokenizer.fingerprint) != self.manifest["tokenizer"]:
             raise ValueError(f"{directory}: tokenizer/ holds {found}, the shards were made with "
-                             f"{self.manifest['tokenizer']}; put the right one back or prepare again")
+                             f"{self.manifest['tokenizer']}; put it back, or delete all and prepare again")
         self.vocab_size = self.tokenizer.vocab_size
         self.unigram = np.load(self.directory / "unigram.npy")  # (V,) counts of ids in the train split
         self.shards: list[Shard] = []
@@ -925,7 +955,7 @@ class Corpus:
         expected = entry["counts"][kind] * dtype.itemsize
         found = path.stat().st_size if path.exists() else "no"
         if found != expected:
-            raise ValueError(f"{path}: {found} bytes, the manifest says {expected}; prepare the corpus again")
+            raise ValueError(f"{path}: {found} bytes, the manifest says {expected}; delete all, prepare again")
         return np.memmap(path, dtype, mode="r")
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
@@ -935,7 +965,7 @@ class Corpus:
                 path, expected = self._path(entry, kind), entry["sha256"][kind]
                 if (found := checksum(path)) != expected:
                     raise ValueError(f"{path}: altered since it was written (sha256 {found[:12]}, the "
-                                     f"manifest says {expected[:12]}); prepare the corpus again")
+                                     f"manifest says {expected[:12]}); delete it and prepare again")
 
     def read(self, begin: int, end: int, separators: bool = False) -> np.ndarray:
         """Returns the ids at addresses [begin, end) of one shard; with `</s>` between documents if asked."""
@@ -1050,7 +1080,7 @@ def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_forma
     runs = []
     while len(first):
         limit = begins[first] + separators[first] + room
-        after = np.minimum(np.searchsorted(reach, limit, side="right"), last)
+        after = np.minimum(np.searchsorted(reach, limit, side="right"), last)  # the first that does not fit
         runs.append(np.stack([begins[first], ends[after - 1]], axis=1))
         first, last = after[after < last], last[after < last]
     result = np.concatenate(runs)
@@ -1067,14 +1097,15 @@ def _split_long(sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarra
     return piece_begins, np.minimum(piece_begins + room, sentences[owner])
 
 
-class EpochSequences(NamedTuple):
+@dataclass(frozen=True)
+class EpochSequences:
     """One epoch's sequences: token ranges (S, 2) of their first, and in pair formats second segments."""
 
     first: np.ndarray
     second: np.ndarray | None = None
     is_random: np.ndarray | None = None  # (S,) NSP's label: 0 = it follows the first, 1 = it does not
 
-    @property
+    @functools.cached_property
     def sizes(self) -> np.ndarray:
         """(S,) text tokens of each sequence: those that may be masked."""
         segments = [self.first] if self.second is None else [self.first, self.second]
@@ -1090,8 +1121,9 @@ class Sequences:
         self.ranges = np.concatenate([ranges + shard.base for ranges, shard in zip(packed, corpus.shards)])
         self.is_pairs = input_format in PAIR_FORMATS
         self.special_tokens = 4 if self.is_pairs else 2  # of a sequence, separators between documents apart
-        self._last_epoch: tuple[tuple[int, int], EpochSequences] | None = None
+        self._last_epoch = (0, 0), EpochSequences(self.ranges)  # of all epochs, but for the pair formats
         if self.is_pairs:
+            self._last_epoch = None, None
             ends = np.concatenate([shard.documents + shard.base for shard in corpus.shards])
             if len(ends) < 2:
                 raise ValueError(f"{corpus.directory}: NSP's negatives need two documents, the "
@@ -1100,9 +1132,7 @@ class Sequences:
 
     def epoch(self, seed: int, epoch: int) -> EpochSequences:
         """Returns an epoch's sequences, a pure function of (seed, epoch)."""
-        if not self.is_pairs:
-            return EpochSequences(self.ranges)
-        if self._last_epoch is None or self._last_epoch[0] != (seed, epoch):
+        if self.is_pairs and self._last_epoch[0] != (seed, epoch):
             first, second, is_random = pair_up(self.documents, seed, epoch)
             found = EpochSequences(self.ranges[first], self.ranges[second], is_random)
             self._last_epoch = (seed, epoch), found
@@ -1134,7 +1164,7 @@ def pair_up(documents: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, n
     has_next = np.append(documents[1:] == documents[:-1], False)
     pairs = np.flatnonzero((place % 2 == 0) & has_next)
     singles = np.flatnonzero((place % 2 == 0) & ~has_next)
-    broken = max(0, (len(pairs) - len(singles) // 2) // 2)
+    broken = max(0, (len(pairs) - len(singles) // 2) // 2)  # then pairs - broken = singles / 2 + broken
     pairs = pairs[np.argsort(draw(seed, PAIR_STREAM, epoch, 0, pairs))]
     singles = np.concatenate([singles, pairs[:broken], pairs[:broken] + 1])
     pairs = np.sort(pairs[broken:])
@@ -1143,13 +1173,16 @@ def pair_up(documents: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, n
     half = len(singles) // 2
     first, second, alone = singles[:half], singles[half : 2 * half], list(singles[2 * half :])
     for i in np.flatnonzero(documents[first] == documents[second]):
-        # Exchange the second segment with the next pair for which, and for whose, the documents differ then.
-        others = np.roll(np.arange(half), -i)
-        fits = documents[second[others]] != documents[first[i]]
-        fits &= documents[first[others]] != documents[second[i]]
-        if fits.any():
-            other = others[fits.argmax()]
-            second[[i, other]] = second[[other, i]]
+        # Exchange second segments with the next pair where both pairs are of two documents then. (That is `i`
+        # itself if an earlier exchange has mended it.) Look near first: a match is rarely far.
+        for width in (min(half, 1000), half):
+            others = (i + np.arange(width)) % half
+            fits = documents[second[others]] != documents[first[i]]
+            fits &= documents[first[others]] != documents[second[i]]
+            if fits.any():
+                other = others[fits.argmax()]
+                second[[i, other]] = second[[other, i]]
+                break
     unlike = documents[first] != documents[second]
     alone += [*first[~unlike], *second[~unlike]]
     # Beside a segment left alone: the first one of the next document, which behind the last is the first
@@ -1207,7 +1240,7 @@ def mask_tokens(
     # The text tokens with the lowest draws are chosen. The position in the low bits leaves no ties.
     maskable = (input_ids >= first_unit) & (input_ids != mask_id)
     count = predictions_of(maskable.sum(1), mlm_probability)
-    priority = bits >> np.uint64(20) << np.uint64(20) | positions.astype(np.uint64)
+    priority = ((bits >> np.uint64(20)) << np.uint64(20)) | positions.astype(np.uint64)
     priority = np.where(maskable, priority, np.uint64(2**64 - 1))
     highest = np.take_along_axis(np.sort(priority, axis=1), np.maximum(count - 1, 0)[:, None], axis=1)
     chosen = (priority <= highest) & (count > 0)[:, None]
@@ -1285,9 +1318,14 @@ class Batches:
         self.rank, self.world_size = rank, world_size
         self.num_micro_batches = batch_size // (micro_batch_size * world_size)
         self.fixed = sequences.input_format == "full-sentences"
-        tokens = (sequences.epoch(seed, 0).sizes + sequences.special_tokens).sum()
-        self.steps_per_epoch = max(1, round(tokens / (batch_size * sequences.seq_len)))  # if not fixed
+        tokens = (self._sequences(0).sizes + sequences.special_tokens).sum()
+        # In the other formats. Rounded down, so that no step is smaller than one sequence can be.
+        self.steps_per_epoch = max(1, int(tokens) // (batch_size * sequences.seq_len))
         self._last_order: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _sequences(self, epoch: int) -> EpochSequences:
+        """Returns an epoch's sequences; with static masking the pairs recur with the masks."""
+        return self.sequences.epoch(self.seed, epoch % STATIC_MASKS if self.masking == "static" else epoch)
 
     def step(self, step: int) -> Step:
         """Returns this rank's micro-batches of a step."""
@@ -1300,9 +1338,9 @@ class Batches:
             epoch, number = divmod(step, self.steps_per_epoch)
             order, bounds = self._variable_order(epoch)
             index, passes = order[bounds[number] : bounds[number + 1]], step / self.steps_per_epoch
-            index = index[np.argsort(self.sequences.epoch(self.seed, epoch).sizes[index], kind="stable")]
+            index = index[np.argsort(self._sequences(epoch).sizes[index], kind="stable")]
             epochs = np.full(len(index), epoch)
-        sizes = self.sequences.epoch(self.seed, int(epochs[0])).sizes[index]
+        sizes = self._sequences(int(epochs[0])).sizes[index]  # a step over two epochs has no pairs
         groups = self._groups(sizes)[self.rank :: self.world_size]
         batches = [self.assemble(index[group], epochs[group]) for group in groups]
         return Step(passes, batches, int(predictions_of(sizes, self.mlm_probability).sum()), len(index))
@@ -1310,7 +1348,7 @@ class Batches:
     def _variable_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns an epoch's order and where in it each step begins, for steps of equal token count."""
         if self._last_order is None or self._last_order[0] != epoch:
-            lengths = self.sequences.epoch(self.seed, epoch).sizes + self.sequences.special_tokens
+            lengths = self._sequences(epoch).sizes + self.sequences.special_tokens
             order = permute(np.arange(len(lengths)), len(lengths), self.seed, epoch)
             ends = np.cumsum(lengths[order])
             cuts = np.linspace(0, ends[-1], self.steps_per_epoch + 1)[1:-1]
@@ -1332,7 +1370,7 @@ class Batches:
 
     def assemble(self, index: np.ndarray, epochs: np.ndarray) -> Batch:
         """Reads, pads and masks the sequences `index`, each as it is in its epoch."""
-        chosen = [self.sequences.epoch(self.seed, int(epoch)) for epoch in epochs]
+        chosen = [self._sequences(int(epoch)) for epoch in epochs]
         rows = [self.sequences.token_ids(sequences, i) for sequences, i in zip(chosen, index)]
         lengths = np.array([len(ids) for ids, _ in rows], dtype=np.int64)
         # With fewer sequences than micro-batches one may be empty: a row of padding stands in, predicting
@@ -1369,7 +1407,7 @@ class Batches:
 
 
 def prefetch(make: Callable[[int], Any], steps: range, ahead: int = 4) -> Iterator:
-    """Yields make(step) for every step, made by a thread up to `ahead` steps early; passes its errors on."""
+    """Yields make(step) for every step, made by a thread some `ahead` steps early; passes its errors on."""
     ready: queue.Queue = queue.Queue(ahead)
     stop = threading.Event()
 
@@ -1384,16 +1422,13 @@ def prefetch(make: Callable[[int], Any], steps: range, ahead: int = 4) -> Iterat
                 put(make(step), None)
                 if stop.is_set():
                     return
-            put(None, StopIteration())
-        except Exception as error:  # whatever it is, the reader raises it
+        except BaseException as error:  # whatever it is, the reader raises it
             put(None, error)
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        while True:
+        for _ in steps:
             item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
             if error is not None:
                 raise error
             yield item

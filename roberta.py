@@ -17,7 +17,9 @@ import argparse
 import contextlib
 import json
 import pickle
+import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -54,7 +56,7 @@ class RobertaConfig:
     bos_token_id: int = 0
     eos_token_id: int = 2
     hidden_act: str = "gelu"  # the exact one, with erf
-    num_labels: int = 2  # of a classification head; 1 means regression
+    num_labels: int | None = None  # of a classification head, 1: regression; none: those of id2label, or 2
     id2label: dict[int, str] = field(default_factory=dict)  # label names; none: LABEL_0, LABEL_1, ...
 
     def __post_init__(self):
@@ -63,9 +65,14 @@ class RobertaConfig:
                              f"{self.num_attention_heads}")
         if self.hidden_act != "gelu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not RoBERTa's; only 'gelu' (exact) is built")
-        names = self.id2label or {i: f"LABEL_{i}" for i in range(self.num_labels)}
-        object.__setattr__(self, "id2label", {int(i): name for i, name in names.items()})
-        object.__setattr__(self, "num_labels", len(names))
+        names = {int(i): name for i, name in self.id2label.items()}  # JSON's keys are strings
+        count = self.num_labels or len(names) or 2
+        if all(name == f"LABEL_{i}" for i, name in names.items()):
+            names = {i: f"LABEL_{i}" for i in range(count)}
+        if len(names) != count:
+            raise ValueError(f"num_labels {count}, but id2label names {len(names)}: {names}")
+        object.__setattr__(self, "id2label", names)
+        object.__setattr__(self, "num_labels", count)
 
     def to_json(self, architecture: str) -> str:
         """Returns the text of a config.json that Hugging Face's classes read as well."""
@@ -93,12 +100,12 @@ class RobertaConfig:
 
     @classmethod
     def base(cls, **changes) -> RobertaConfig:
-        """BASE (Table 9): 125M parameters."""
+        """BASE (Table 9), 125M parameters with its LM head."""
         return cls(**changes)
 
     @classmethod
     def large(cls, **changes) -> RobertaConfig:
-        """LARGE (Table 9): 355M parameters."""
+        """LARGE (Table 9), 355M parameters with its LM head."""
         large = cls(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
         return replace(large, **changes)
 
@@ -159,7 +166,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, may_attend: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, may_attend: Tensor) -> Tensor:
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
@@ -183,7 +190,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden: Tensor, may_attend: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, may_attend: Tensor) -> Tensor:
         hidden = self.attn_norm(hidden + self.dropout(self.attention(hidden, may_attend)))
         inner = F.gelu(self.ffn_in(hidden))  # (B, T, C) -> (B, T, F)
         return self.ffn_norm(hidden + self.dropout(self.ffn_out(inner)))
@@ -199,10 +206,9 @@ class RobertaModelBase(nn.Module):
         self.config = config
 
     def init_weights(self) -> None:
-        """Draws matrices from N(0, initializer_range), sets biases to 0 and LayerNorm gains to 1 (BERT's
-        scheme).
+        """Draws matrices from N(0, initializer_range) and sets biases to 0 (BERT's scheme), by torch's seed.
 
-        Pure in torch's seed. The padding rows stay 0: nothing is learned at a position that is not there.
+        LayerNorms begin as the identity. The rows of the padding id begin as 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -220,6 +226,10 @@ class RobertaModelBase(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def with_ends(self, ids: list[int]) -> Tensor:
+        """Returns the ids of a text between `<s>` and `</s>`, as a batch of one: (1, T)."""
+        return torch.tensor([[self.config.bos_token_id, *ids, self.config.eos_token_id]], device=self.device)
 
     def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
         """Writes config, weights and tokenizer files: a directory that Hugging Face's classes open too."""
@@ -242,7 +252,8 @@ class RobertaModelBase(nn.Module):
         config = read_config(directory / "config.json", changes)
         path = directory / "pytorch_model.bin"
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 are of another format
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError:
             raise ValueError(f"{path}: refused, it holds more than plain weights or none at all") from None
         except (RuntimeError, ValueError, EOFError, OSError) as error:
@@ -295,7 +306,8 @@ class RobertaModelBase(nn.Module):
         return "roberta." + name if cls is RobertaModel else name
 
 
-# Our module names -> Hugging Face's. fairseq's are noted where they differ in more than the prefix.
+# Our module names -> Hugging Face's, by which roberta.blocks.0.ffn_in.weight becomes
+# roberta.encoder.layer.0.intermediate.dense.weight. fairseq's are noted where they differ.
 KEYS = {
     "embeddings.tokens.": "embeddings.word_embeddings.",  # fairseq: embed_tokens
     "embeddings.positions.": "embeddings.position_embeddings.",  # embed_positions
@@ -354,7 +366,7 @@ class RobertaModel(RobertaModelBase):
         if isinstance(text, str):
             if tokenizer is None:
                 raise ValueError("extract_features of a text needs a tokenizer")
-            text = torch.tensor([[0, *tokenizer.encode(text), 2]], device=self.device)
+            text = self.with_ends(tokenizer.encode(text))
         with evaluating(self):
             return self(text, return_all_hiddens=return_all_hiddens)
 
@@ -409,10 +421,11 @@ class RobertaForMaskedLM(RobertaModelBase):
         """Returns logits (B, T, V); in training only those at `positions`, (M, V).
 
         positions: (M,) indices b * T + t. About 15 % of the tokens are predicted, and with 50K units the head
-        costs a
-        small model more than its encoder: scoring only what is needed is the largest single saving here.
+        costs a small model more than its encoder: scoring only what is needed is the largest saving here.
         """
-        hidden = self.roberta(input_ids, attention_mask, token_type_ids)
+        return self._score(self.roberta(input_ids, attention_mask, token_type_ids), positions)
+
+    def _score(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
         if positions is not None:
             hidden = hidden.flatten(0, 1)[positions]  # (B, T, C) -> (M, C)
         return self.lm_head(hidden, self.roberta.embeddings.tokens.weight)
@@ -427,32 +440,29 @@ class RobertaForMaskedLM(RobertaModelBase):
 
         Each is a dict like those of Hugging Face's pipeline: score (a probability), token (its id),
         token_str, and sequence (the text with it filled in). With several masks: a list of such lists, each
-        mask filled independently.
+        mask filled independently of the others.
         Raises: ValueError where the text has no `<mask>` or is longer than the positions.
         """
-        spans = text.split("<mask>")
-        if len(spans) == 1:
+        masks = list(re.finditer(r"\s*<mask>", text))
+        if not masks:
             raise ValueError(f"no <mask> in {text!r}; write one where a word is to be found, "
                              'as in "The capital of France is <mask>."')
         # A token carries the space before it, so the space before <mask> belongs to what will be filled in.
-        spans = [span.rstrip() for span in spans[:-1]] + spans[-1:]
-        ids = [self.config.bos_token_id, *tokenizer.encode(spans[0])]
-        for span in spans[1:]:
-            ids += [tokenizer.mask_id, *tokenizer.encode(span)]
-        input_ids = torch.tensor([[*ids, self.config.eos_token_id]], device=self.device)
+        ids, start = [], 0
+        for mask in masks:
+            ids += [*tokenizer.encode(text[start : mask.start()]), tokenizer.mask_id]
+            start = mask.end()
+        input_ids = self.with_ends([*ids, *tokenizer.encode(text[start:])])
         positions = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0]
         with evaluating(self):
-            hidden = self.roberta(input_ids)[0, positions]  # (1, T, C) -> (M, C)
-            logits = self.lm_head(hidden, self.roberta.embeddings.tokens.weight)
-        probabilities = logits.float().softmax(-1)  # (M, V)
+            probabilities = self._score(self.roberta(input_ids), positions).float().softmax(-1)  # (M, V)
         best = probabilities.topk(min(top_k, probabilities.shape[-1]))
         results = []
-        for number, row in enumerate(zip(best.values.tolist(), best.indices.tolist()), 1):
-            before, after = "<mask>".join(spans[:number]), "<mask>".join(spans[number:])
+        for mask, scores, tokens in zip(masks, best.values.tolist(), best.indices.tolist()):
             results.append([])
-            for score, token in zip(*row):
+            for score, token in zip(scores, tokens):
                 name = tokenizer.decode([token])
-                sequence = before + name + after
+                sequence = text[: mask.start()] + name + text[mask.end() :]
                 results[-1] += [{"score": score, "token": token, "token_str": name, "sequence": sequence}]
         return results[0] if len(results) == 1 else results
 
@@ -482,9 +492,7 @@ class RobertaForPreTraining(RobertaForMaskedLM):
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, positions=None):
         """Returns RobertaForMaskedLM's logits and NSP's, (B, 2): 0 = the second part follows, 1 = random."""
         hidden = self.roberta(input_ids, attention_mask, token_type_ids)
-        predicted = hidden if positions is None else hidden.flatten(0, 1)[positions]
-        logits = self.lm_head(predicted, self.roberta.embeddings.tokens.weight)
-        return logits, self.nsp_head(self.pooler(hidden))
+        return self._score(hidden, positions), self.nsp_head(self.pooler(hidden))
 
 
 class RobertaForSequenceClassification(RobertaModelBase):
@@ -577,9 +585,7 @@ def main() -> None:
     parser.add_argument("text", help='for example "Returns a new array of given <mask> and type."')
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fillings to print (default: 5)")
     arguments = parser.parse_args()
-    from data import (
-        Tokenizer,  # the one place where the model meets text; as a module this file needs torch alone
-    )
+    from data import Tokenizer  # here alone the model meets text: as a module this file needs only torch
 
     try:
         model = RobertaForMaskedLM.from_pretrained(arguments.model)

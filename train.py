@@ -2,18 +2,17 @@
 
     torchrun train.py                                            # tiny, on the documentation installed here
     torchrun train.py --data prepared --preset base --out runs/mine
-    torchrun --nproc-per-node 8 --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 train.py --preset
-    large ... python train.py                                              # the same in one process, without
-    torchrun
+    torchrun --nproc-per-node 8 --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 train.py ...
+    python train.py                                              # in one process, without torchrun
 
 RoBERTa is BERT trained right (§5): dynamic masks, full sentences without NSP, large batches, a large
 byte-level BPE. The file reads in the order a run goes: config, setup, data, model and optimiser, evaluation,
 checkpoints, log, loop.
 
 What makes a run reproducible: every random draw is a pure function of (seed, step, ...) (data.py), and the
-loss is a sum divided by the number of predictions of the whole step, over all ranks and micro-steps. So a
-resumed run equals an uninterrupted one bit for bit on a CPU, and more ranks or smaller micro-batches change
-nothing but rounding.
+loss is a sum divided by the number of predictions of the whole step, over all ranks and micro-steps. So in
+one process on a CPU a resumed run equals an uninterrupted one bit for bit, and without dropout, more ranks or
+smaller micro-batches change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import regex
@@ -45,6 +44,7 @@ from data import (
     DROPOUT_STREAM,
     PAIR_FORMATS,
     PRETOKEN,
+    WORK,
     Batch,
     Batches,
     Corpus,
@@ -109,8 +109,8 @@ class TrainConfig:
     compile: bool = flag(False, "compile the model with torch.compile")
 
 
-# What a second start of a run may change: it leaves the remaining steps as they would have been, except for
-# max_steps, which lengthens the schedule. The data may move: what it holds is compared apart.
+# What a second start of a run may change: max_steps lengthens the schedule, the others leave the remaining
+# steps as they would have been, but for rounding and for dropout's noise. The data may move to another place.
 FREE_TO_CHANGE = set("""out data vocab_size max_steps micro_batch_size log_interval eval_interval
     eval_sequences checkpoint_interval keep compile""".split())
 
@@ -186,7 +186,6 @@ def set_up(precision: str | None) -> Setup:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     elif local_world_size > 1:  # torchrun gives each rank one thread; the cores are there to be shared
         torch.set_num_threads(max(1, cores() // local_world_size))
     if world_size > 1 and not dist.is_initialized():
@@ -210,7 +209,7 @@ def cores() -> int:
 def prepared_data(config: TrainConfig) -> Path:
     """Returns --data if it is prepared; else prepares its text, or the documentation installed here."""
     rank, world_size, _, _ = ranks_of_environment()
-    begun = ("manifest.json", "work/settings.json")  # Corpus refuses an unfinished directory
+    begun = ("manifest.json", f"{WORK}/settings.json")  # Corpus refuses an unfinished directory
     if config.data and any((Path(config.data) / name).exists() for name in begun):
         return Path(config.data)
     corpus = (config.data,) if config.data else ()
@@ -250,7 +249,7 @@ def loss_sums(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
     nsp = torch.zeros((), device=device)
     if isinstance(logits, tuple):
         logits, nsp_logits = logits
-        if batch.next_sentence_labels is not None:  # not so in evaluations, see Run
+        if batch.next_sentence_labels is not None:  # evaluation is on FULL-SENTENCES, which has no pairs
             nsp_labels = to_tensor(batch.next_sentence_labels, device)
             nsp = F.cross_entropy(nsp_logits.float(), nsp_labels, reduction="sum")
     labels = to_tensor(batch.labels, device)
@@ -264,7 +263,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     CHOICE: "L2 weight decay" (§2) is decoupled from Adam's moments, and only matrices decay, both as in
     BERT's code: pulling a LayerNorm's gain or a bias to 0 regularises nothing.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -291,6 +290,8 @@ def try_to_compile(model: nn.Module, sample: Batch, setup: Setup) -> nn.Module:
     try:
         with setup.autocast():
             loss_sums(compiled, sample, setup.device)[0].backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a missing or broken compiler raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         say(f"--compile: no working compiler ({reason}); going on without", setup.rank)
@@ -327,8 +328,13 @@ def evaluate(
     count, loss, baseline, correct = setup.sum(sums).tolist()
     if count == 0:
         raise ValueError("the held-out split has no token to predict; prepare more text or raise held_out")
-    return {"eval_loss": loss / count, "eval_perplexity": math.exp(loss / count),
-            "unigram_perplexity": math.exp(baseline / count), "masked_accuracy": correct / count}
+    return {"eval_loss": loss / count, "eval_perplexity": perplexity(loss / count),
+            "unigram_perplexity": perplexity(baseline / count), "masked_accuracy": correct / count}
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp(loss), for a loss in nats a token; of a run that diverged, the largest number there is."""
+    return math.exp(min(loss, 709.0))
 
 
 def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5) -> None:
@@ -363,8 +369,8 @@ def save_checkpoint(
 ) -> None:
     """Writes out/checkpoint-<step>: the model, as anyone can open it, and the training state beside it.
 
-    Written under another name, flushed to the disk with a checksum of every file, then renamed: a directory
-    with a checkpoint's name is whole. The link `checkpoint` points to the newest.
+    Written under another name, flushed to the disk with a checksum of every file, then renamed: at no time
+    does a directory with a checkpoint's name hold a part of one. The link `checkpoint` points to the newest.
     """
     final, temporary = out / f"checkpoint-{step}", out / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -373,9 +379,9 @@ def save_checkpoint(
     torch.save(state, temporary / "training.pt")
     checksums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
     write_atomically(temporary / "checksums.json", json.dumps(checksums, indent=1).encode())
-    for path in temporary.iterdir():
+    for path in [*temporary.iterdir(), temporary]:
         sync(path)
-    shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from an earlier step
+    remove_checkpoint(final)  # of the same step, before the run was resumed from an earlier one
     os.replace(temporary, final)
     link = out / ".checkpoint.tmp"
     link.unlink(missing_ok=True)
@@ -399,16 +405,16 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
     return sorted(((int(path.name.removeprefix("checkpoint-")), path) for path in paths), reverse=True)
 
 
-def remove_old_checkpoints(out: Path, keep: int, best: int | None) -> None:
-    for step, path in checkpoints(out)[max(keep, 1) :]:
-        if step != best:
-            shutil.rmtree(path)
+def remove_checkpoint(path: Path) -> None:
+    if path.exists():
+        os.replace(path, path.with_name(f".{path.name}.old"))
+        shutil.rmtree(path.with_name(f".{path.name}.old"))
 
 
 def load_checkpoint(out: Path, rank: int) -> tuple[Path, dict[str, Any]] | None:
     """Returns the newest checkpoint that is whole and its training state, None where there is none.
 
-    A damaged one is reported, and the one before it is used.
+    A damaged one is reported and set aside, and the one before it is used.
     """
     for _, path in checkpoints(out):
         try:
@@ -419,6 +425,9 @@ def load_checkpoint(out: Path, rank: int) -> tuple[Path, dict[str, Any]] | None:
             return path, torch.load(path / "training.pt", map_location="cpu", weights_only=True)
         except (ValueError, OSError, RuntimeError) as error:
             say(f"warning: {path} is damaged ({error}); trying the one before it", rank)
+            if rank == 0:
+                shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+                os.replace(path, path.with_name(f"damaged-{path.name}"))
     return None
 
 
@@ -453,7 +462,7 @@ def plot_log(out: Path, title: str) -> None:
         axes.axhline(unigram, color="#d94801", linestyle="--", linewidth=1)
         label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
         axes.annotate("unigram baseline", (held[-1][0], unigram), (0, 3), color="#d94801", **label)
-        axes.annotate(f"perplexity {math.exp(held[-1][1]):.1f}", held[-1], (0, 8), color="#08519c", **label)
+        axes.annotate(f"perplexity {perplexity(held[-1][1]):.1f}", held[-1], (0, 8), color="#08519c", **label)
     axes.set(xlabel="optimiser steps", ylabel="masked-LM loss (nats)", title=title)
     if train or held:
         axes.legend(frameon=False, loc="upper center", ncols=2)
@@ -483,7 +492,7 @@ MAX_SKIPPED = 20  # steps without finite gradients in a row: more of them will n
 
 
 class Run:
-    """A run's parts and its state; `state` and the weights are all that a checkpoint needs to hold."""
+    """A run: its parts, made from the config, and its state, which a checkpoint holds beside the weights."""
 
     def __init__(self, config: TrainConfig, data: Path, setup: Setup):
         self.config, self.setup, self.out = config, setup, Path(config.out)
@@ -509,13 +518,16 @@ class Run:
         kind = RobertaForPreTraining if sequences.is_pairs else RobertaForMaskedLM
         self.model = kind(model_shape).to(setup.device)
         self.optimizer = make_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.precision == "fp16")
-        # Sums over this rank's batches since the last log line: MLM and NSP losses; real and all tokens.
+        # The loss is a mean over the whole step: a micro-batch's gradients are smaller by their number.
+        scale = 2.0 ** (16 + round(math.log2(self.batches.num_micro_batches)))
+        self.scaler = torch.amp.GradScaler(setup.device.type, scale, enabled=setup.precision == "fp16")
+        # Since the last log line, on this rank: sums of MLM and NSP losses; real tokens, tokens with padding.
+        # What they are divided by is the same on all ranks, and part of the state.
         self.window_loss = torch.zeros(2, dtype=torch.float64, device=setup.device)
         self.window_tokens = [0, 0]
         self.state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0,
                       "eval_loss": math.inf, "eval_step": -1, "best_loss": math.inf, "best_step": -1,
-                      "predictions": 0, "sequences": 0}
+                      "window_predictions": 0, "window_sequences": 0}
         self.grad_norm = self.epoch = 0.0
         self.wrapped = self.model
         say(f"{self.model.num_parameters():,} parameters, {self.tokenizer.vocab_size} units, "
@@ -548,6 +560,7 @@ class Run:
 
     def resume(self) -> None:
         """Goes back to the newest whole checkpoint, if any: weights, optimiser, scaler, counters, log."""
+        self.window_started = time.monotonic()
         found = load_checkpoint(self.out, self.setup.rank)
         if found:
             path, saved = found
@@ -558,16 +571,20 @@ class Run:
             if self.setup.rank == 0:  # one rank goes on with the sums over all
                 self.window_loss.copy_(saved["window"][:2])
                 self.window_tokens = saved["window"][2:].long().tolist()
+            self.window_started = time.monotonic() - saved["window_seconds"]
             say(f"resuming at step {self.step} from {path}", self.setup.rank)
         if self.setup.rank == 0:  # lines written after that checkpoint will be written again
             lines = [json.dumps(line) + "\n" for line in read_log(self.out) if line["step"] <= self.step]
             write_atomically(self.out / "log.jsonl", "".join(lines).encode())
-        if self.config.compile:
-            self.wrapped = try_to_compile(self.model, self.batches.step(0).batches[0], self.setup)
+        if int(self.setup.sum(torch.tensor(self.step))) != self.step * self.setup.world_size:
+            raise ValueError(f"rank {self.setup.rank} found step {self.step} in {self.out}, another rank another "
+                             "step; all machines must see the same files")
+        # `model` stays what is saved and evaluated; `wrapped` is what the training step calls.
         if self.setup.world_size > 1:
             device_ids = [self.setup.device.index] if self.setup.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.wrapped, device_ids, gradient_as_bucket_view=True)
-        self.window_started = time.monotonic()
+            self.wrapped = DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
+        if self.config.compile:
+            self.wrapped = try_to_compile(self.wrapped, self.batches.step(0).batches[0], self.setup)
 
     def train_step(self, step: Step) -> None:
         """One optimiser step: accumulate the micro-batches' gradients, then update."""
@@ -578,7 +595,7 @@ class Run:
         for number, batch in enumerate(step.batches):
             # Dropout depends on where in the run we are, not on how often a generator was asked before.
             seed = draw(config.seed, DROPOUT_STREAM, self.step, number, setup.rank)
-            torch.manual_seed(int(seed >> np.uint64(1)))
+            torch.manual_seed(int(seed >> np.uint64(1)))  # it takes 63 bits
             last = number == len(step.batches) - 1
             wait = contextlib.nullcontext() if last or setup.world_size == 1 else self.wrapped.no_sync()
             with wait:  # gradients travel between ranks once a step, with the last micro-batch
@@ -592,8 +609,8 @@ class Run:
                                   self.window_tokens[1] + batch.input_ids.size]
         self._update()
         self.epoch = step.epoch
-        self.state["predictions"] += step.num_predictions
-        self.state["sequences"] += step.num_sequences
+        self.state["window_predictions"] += step.num_predictions
+        self.state["window_sequences"] += step.num_sequences
         self.state["step"] += 1
 
     def _update(self) -> None:
@@ -611,9 +628,9 @@ class Run:
         self.grad_norm = norm.item()
         self.state["skipped"] += not finite
         self.state["skipped_in_a_row"] = 0 if finite else self.state["skipped_in_a_row"] + 1
-        if self.state["skipped_in_a_row"] > MAX_SKIPPED:
+        if self.state["skipped_in_a_row"] >= MAX_SKIPPED:
             raise FloatingPointError(
-                f"no finite gradient in {MAX_SKIPPED} steps up to {self.step}; the last checkpoint is whole; "
+                f"no finite gradient in {MAX_SKIPPED} steps to {self.step + 1}; the last checkpoint is whole; "
                 f"try a lower --peak-lr (now {self.config.peak_lr}), longer --warmup-steps, --precision fp32"
             )
 
@@ -626,13 +643,13 @@ class Run:
         """Writes and prints a line about the steps since the last one."""
         loss, nsp, tokens, slots = self._window().tolist()
         seconds = time.monotonic() - self.window_started
-        mean = loss / max(1, self.state["predictions"])
+        mean = loss / max(1, self.state["window_predictions"])
         line = {"step": self.step, "epoch": round(self.epoch, 4), "loss": mean,
-                "perplexity": math.exp(min(mean, 700)), "lr": learning_rate(self.step - 1, self.config),
+                "perplexity": perplexity(mean), "lr": learning_rate(self.step - 1, self.config),
                 "grad_norm": self.grad_norm, "tokens_per_second": tokens / seconds,
                 "padding": 1 - tokens / slots}
         if self.batches.sequences.is_pairs:
-            line["nsp_loss"] = nsp / self.state["sequences"]
+            line["nsp_loss"] = nsp / self.state["window_sequences"]
         if self.scaler.is_enabled():
             line["scale"] = self.scaler.get_scale()
         if self.scaler.is_enabled() or self.state["skipped"]:
@@ -644,12 +661,12 @@ class Run:
         shown = (f"step {self.step}/{self.config.max_steps}  epoch {self.epoch:.2f}  loss {mean:.3f}  "
                  f"perplexity {line['perplexity']:.1f}  lr {line['lr']:.2e}  norm {self.grad_norm:.2f}  "
                  f"{line['tokens_per_second']:,.0f} tokens/s  left {clock(line['eta_seconds'])}")
-        for name in {"nsp_loss", "scale", "skipped"} & line.keys():
-            shown += f"  {name} {line[name]:g}"
+        for name in ("nsp_loss", "scale", "skipped"):
+            shown += f"  {name} {line[name]:g}" if name in line else ""
         say(shown, self.setup.rank)
         self.window_loss.zero_()
         self.window_tokens = [0, 0]
-        self.state |= {"predictions": 0, "sequences": 0}
+        self.state |= {"window_predictions": 0, "window_sequences": 0}
         self.window_started = time.monotonic()
 
     def evaluate(self) -> dict[str, float]:
@@ -671,20 +688,24 @@ class Run:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.setup.rank == 0:
+            # JSON has no NaN or infinity.
+            line = {key: value if math.isfinite(value) else None for key, value in line.items()}
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
         """Writes a checkpoint of the current step and removes those no longer kept."""
         started = time.monotonic()
-        window = self._window()
+        window, window_seconds = self._window(), started - self.window_started
         if self.state["eval_step"] == self.step and self.state["eval_loss"] < self.state["best_loss"]:
             self.state |= {"best_loss": self.state["eval_loss"], "best_step": self.step}
         if self.setup.rank == 0:
             state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                     "state": self.state, "window": window}
+                     "state": self.state, "window": window, "window_seconds": window_seconds}
             save_checkpoint(self.out, self.step, self.model, self.tokenizer, state)
-            remove_old_checkpoints(self.out, self.config.keep, self.state["best_step"])
+            for step, path in checkpoints(self.out)[self.config.keep :]:
+                if step != self.state["best_step"]:
+                    remove_checkpoint(path)
             plot_log(self.out, f"RoBERTa {self.config.preset}, {self.model.num_parameters():,} parameters")
         self._not_training(started)
 
@@ -743,6 +764,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if run.step >= config.max_steps:
         say(f"{config.out} is finished at step {run.step}. To lengthen it: --max-steps {2 * run.step}, with "
             f"the schedule of the longer run. To start another: another --out, or delete it.", setup.rank)
+        if (run.out / "results.json").exists():
+            return read_json(run.out / "results.json")
         return run.finish(evaluate(run.model, run.held_out, run.unigram, config.eval_sequences, setup))
 
     with stop_signals() as received:
@@ -754,7 +777,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if run.step % config.eval_interval == 0 or last:
                 result = run.evaluate()
             # All ranks stop at the same step, whoever got the signal.
-            stop = int(setup.sum(torch.tensor(len(received))) if setup.world_size > 1 else len(received))
+            stop = int(setup.sum(torch.tensor(len(received))))
             if run.step % config.checkpoint_interval == 0 or last or stop:
                 run.save()
             if stop and not last:
@@ -774,8 +797,9 @@ def check(config: TrainConfig) -> None:
                          f"try --warmup-steps {config.max_steps // 20}")
     if not 0 < config.mlm_probability < 1:
         raise ValueError(f"--mlm-probability {config.mlm_probability} must lie between 0 and 1 (§2: 0.15)")
-    if config.seed < 0:
-        raise ValueError(f"--seed {config.seed} must not be negative")
+    for name in ("seed", "warmup_steps", "micro_batch_size"):
+        if (getattr(config, name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
 
 
 def parse(argv: Sequence[str] | None) -> TrainConfig:
@@ -797,15 +821,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(config)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0][:100]}; try a smaller --micro-batch-size, which leaves "
-                 f"the result as it is, or a smaller --seq-len than {config.seq_len}")
+        fail(f"error: {str(error).splitlines()[0][:100]}; try a smaller --micro-batch-size, which leaves the "
+             f"result as it is, or a smaller --seq-len than {config.seq_len}")
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        fail(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted while preparing; the same command goes on from here")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        fail("interrupted while preparing; the same command goes on from here")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fail(message: str) -> NoReturn:
+    """Ends this process with one line; at once if there are other ranks, for a farewell could block."""
+    print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(1)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

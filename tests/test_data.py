@@ -368,7 +368,7 @@ def test_other_settings_in_the_same_place_are_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer 400, this call asks for 500; choose another --out"):
         data.prepare(flags(corpus, out, vocab_size=500))
     (corpus / "0.txt").write_text("other text")
-    with pytest.raises(ValueError, match="was prepared with corpus"):
+    with pytest.raises(ValueError, match="was prepared from other files, or they have changed since"):
         data.prepare(flags(corpus, out))
     assert contents(out) == before
 

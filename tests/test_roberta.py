@@ -294,7 +294,7 @@ def test_fill_mask(saved):
     probabilities = F.softmax(model(ids)[0, 2], -1)
     assert best[0]["score"] == pytest.approx(probabilities.max().item())
     two = model.fill_mask("<mask> <mask>", tokenizer)
-    assert len(two) == 2 and two[1][0]["sequence"] == "<mask> b"
+    assert len(two) == 2 and two[0][0]["sequence"] == " b <mask>" and two[1][0]["sequence"] == "<mask> b"
     with pytest.raises(ValueError, match="no <mask>"):
         model.fill_mask("a b", tokenizer)
     with pytest.raises(ValueError, match="positions"):
