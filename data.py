@@ -563,11 +563,11 @@ class PrepareConfig:
 def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
     """Turns a corpus into token shards in `config.out`; returns that directory, at once if it is complete.
 
-    Digest every document (to drop exact duplicates, and to choose the held-out ones so that no copy of them is
-    trained on), train the tokenizer, encode. The first and the last are a job for each part of the corpus,
+    Digest every document (to drop exact duplicates, and to choose the held-out ones so that no copy of them
+    is trained on), train the tokenizer, encode. The first and the last are a job for each part of the corpus,
     whose result appears under its name only when it is whole, and which is not done again if that is there:
-    killed anywhere, the same call finishes the rest. Under torchrun each rank takes its share of the parts and
-    waits for the others' results to appear in the directory, which all must see.
+    killed anywhere, the same call finishes the rest. Under torchrun each rank takes its share of the parts
+    and waits for the others' results to appear in the directory, which all must see.
 
     Raises: ValueError for bad input or where `out` holds something else; OSError where the disk is full.
     """
@@ -955,7 +955,7 @@ class Corpus:
         expected = entry["counts"][kind] * dtype.itemsize
         found = path.stat().st_size if path.exists() else "no"
         if found != expected:
-            raise ValueError(f"{path}: {found} bytes, the manifest says {expected}; delete all, prepare again")
+            raise ValueError(f"{path}: {found} bytes, the manifest says {expected}; delete it, prepare again")
         return np.memmap(path, dtype, mode="r")
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:

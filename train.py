@@ -189,7 +189,13 @@ def set_up(precision: str | None) -> Setup:
     elif local_world_size > 1:  # torchrun gives each rank one thread; the cores are there to be shared
         torch.set_num_threads(max(1, cores() // local_world_size))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        # torchrun hands restarted ranks the store of the attempt before, with the addresses of the dead in it.
+        # On one machine the attempts have a common number, by which the entries can be told apart.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_world_size == world_size else "0"
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     precision = precision or ("fp16" if on_gpu else "fp32")
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads a rank"
     say(f"{world_size} rank{'s' * (world_size > 1)} on {where}; {precision}; torch {torch.__version__}; "
@@ -577,8 +583,8 @@ class Run:
             lines = [json.dumps(line) + "\n" for line in read_log(self.out) if line["step"] <= self.step]
             write_atomically(self.out / "log.jsonl", "".join(lines).encode())
         if int(self.setup.sum(torch.tensor(self.step))) != self.step * self.setup.world_size:
-            raise ValueError(f"rank {self.setup.rank} found step {self.step} in {self.out}, another rank another "
-                             "step; all machines must see the same files")
+            raise ValueError(f"rank {self.setup.rank} found step {self.step} in {self.out}, another rank "
+                             "another step; all machines must see the same files")
         # `model` stays what is saved and evaluated; `wrapped` is what the training step calls.
         if self.setup.world_size > 1:
             device_ids = [self.setup.device.index] if self.setup.device.type == "cuda" else None
@@ -630,7 +636,7 @@ class Run:
         self.state["skipped_in_a_row"] = 0 if finite else self.state["skipped_in_a_row"] + 1
         if self.state["skipped_in_a_row"] >= MAX_SKIPPED:
             raise FloatingPointError(
-                f"no finite gradient in {MAX_SKIPPED} steps to {self.step + 1}; the last checkpoint is whole; "
+                f"no finite gradient in {MAX_SKIPPED} steps to {self.step + 1}; the last checkpoint is fine; "
                 f"try a lower --peak-lr (now {self.config.peak_lr}), longer --warmup-steps, --precision fp32"
             )
 
