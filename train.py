@@ -189,7 +189,7 @@ def set_up(precision: str | None) -> Setup:
     elif local_world_size > 1:  # torchrun gives each rank one thread; the cores are there to be shared
         torch.set_num_threads(max(1, cores() // local_world_size))
     if world_size > 1 and not dist.is_initialized():
-        # torchrun hands restarted ranks the store of the attempt before, with the addresses of the dead in it.
+        # torchrun hands restarted ranks the store of the attempt before, with addresses of the dead in it.
         # On one machine the attempts have a common number, by which the entries can be told apart.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_world_size == world_size else "0"
         store, _, _ = next(dist.rendezvous("env://", rank, world_size))
