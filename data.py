@@ -178,8 +178,8 @@ def documentation_files() -> list[Path]:
 def docstrings(path: Path) -> str:
     """Returns the docstrings of a Python source as one document, in their order.
 
-    The source is parsed, never imported. A file without triple quotes, or one that this interpreter cannot
-    parse, gives "".
+    The source is parsed, never imported. A file without triple quotes, or of another
+    Python's syntax, gives "".
     """
     source = path.read_text(encoding="utf-8", errors="ignore")
     if 3 * '"' not in source and 3 * "'" not in source:
@@ -197,8 +197,7 @@ def docstrings(path: Path) -> str:
 
 
 # A sentence ends after . ! or ? with any closing quotes and brackets, before white space that leads to
-# anything but a lowercase letter; and before a blank line. The white space stays with the sentence that it
-# introduces.
+# anything but a lowercase letter; and before a blank line. The white space begins the next sentence.
 # (White space is written [^\S\x1c-\x1f], since Python's \s has four characters more than the tokenizer's.)
 SENTENCE_END = re.compile(
     r"""[.!?]["'”’)\]]*(?=[^\S\x1c-\x1f]+[^\sa-z])|\S(?=[^\S\n\x1c-\x1f]*\n[^\S\n\x1c-\x1f]*\n\s*\S)"""
@@ -227,8 +226,8 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 NUM_SPECIALS = len(SPECIAL_TOKENS)
 
 # GPT-2's pre-tokenisation: contractions, then words, numbers and punctuation, each with one space before it,
-# then the rest of the white space. Possessive quantifiers (++) match what GPT-2's match, without
-# backtracking.
+# then the rest of the white space. Possessive quantifiers (++) match the same text as
+# GPT-2's, without backtracking.
 PRETOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 # GPT-2 writes each byte as a visible character: printable Latin-1 as itself, the others from U+0100 on. This
@@ -262,8 +261,7 @@ class Tokenizer:
     tiktoken does the work. It knows a token by its rank, the order in which the merges were learned; one
     table turns whole arrays of ranks into ids, for fairseq ordered RoBERTa's ids by frequency, not by rank.
 
-    vocab: token, spelled as by `spell`, to id; the specials are among them. merges: pairs so spelled, in
-    order.
+    vocab: token, spelled as by `spell`, to id; with the specials. merges: pairs so spelled, in order.
     Raises: ValueError where the specials are not at RoBERTa's places, or a merge makes a token without an id.
     """
 
@@ -346,8 +344,7 @@ class Tokenizer:
             if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
                 return cls(read_json(place / "vocab.json"), _read_merges(place / "merges.txt"))
             if all((place / name).is_file() for name in ("encoder.json", "vocab.bpe", "dict.txt")):
-                # A line of dict.txt is a GPT-2 id and a count; its number, behind four specials, is RoBERTa's
-                # id.
+                # A line of dict.txt is a GPT-2 id and a count; its number plus four is RoBERTa's id.
                 names = {str(index): token for token, index in read_json(place / "encoder.json").items()}
                 lines = (place / "dict.txt").read_text("utf-8").splitlines()
                 entries = [line.split(" ")[0] for line in lines]
@@ -654,17 +651,14 @@ def say(message: str, rank: int | None = None) -> None:
 
 
 def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
-    """Yields function(*job) for every job, in the order of completion, from `workers` processes (1: this
-    one).
+    """Yields function(*job) for every job, as they finish, from `workers` processes (1: this one).
 
-    Only a few jobs are taken from the iterator ahead of time. The processes end with this one, even if
-    killed.
+    Only a few jobs are taken ahead of time. The processes end with this one, even if it is killed.
     """
     if workers <= 1:
         yield from (function(*job) for job in jobs)
         return
-    # fork starts in milliseconds, and the functions run here use no thread of the parent's. Elsewhere it is
-    # unsafe.
+    # fork starts in milliseconds, and what runs here uses none of the parent's threads. Elsewhere it is unsafe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
     try:
@@ -752,8 +746,7 @@ def _assign_splits(digests: list[np.ndarray], held_out: float) -> list[np.ndarra
     if len(unique) < 2:
         raise ValueError(f"the corpus holds {len(unique)} different documents, it needs 2, one to hold out "
                          "(blank lines separate the documents of a .txt file)")
-    # Digests are uniform below 2^64. CHOICE: if a small corpus has none below the share, the lowest is held
-    # out.
+    # Digests are uniform below 2^64. CHOICE: if none of a small corpus is below the share, the lowest is.
     threshold = max(int(held_out * 2**64), int(unique[0]) + 1)
     if threshold > int(unique[-1]):
         raise ValueError(f"held_out {held_out} leaves none of {len(unique)} documents to train on; lower it")
@@ -917,8 +910,7 @@ class Corpus:
     """One split of a prepared directory. Opening it maps files and reads none, whatever their size.
 
     Addresses are 64-bit token offsets into the split's shards laid end to end.
-    Raises: ValueError, with both values, for another version, another vocabulary or a shard of the wrong
-    size.
+    Raises: ValueError, with both values, for another version or vocabulary, or a shard of wrong size.
     """
 
     def __init__(self, directory: str | Path, split: Literal["train", "heldout"] = "train"):
@@ -1043,8 +1035,7 @@ STRETCH = 1 << 20  # tokens after which FULL-SENTENCES begins a fresh sequence, 
 
 
 def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_format: InputFormat) -> np.ndarray:
-    """Returns the token ranges [begin, end) that a shard's sequences, or segments of pairs, are made of: (S,
-    2).
+    """Returns the token ranges [begin, end) of a shard's sequences, or of the segments of pairs: (S, 2).
 
     sentences, documents: where each ends, in tokens. A range is the longest run of whole sentences that fits;
     together the ranges are the shard, each token once. A sentence that does not fit alone is split.
@@ -1068,8 +1059,7 @@ def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_forma
     # Runs are found one after the other, but independently in each stretch of text: so all stretches advance
     # together, a run at a time. A stretch is a document; for FULL-SENTENCES, the documents that end within
     # the same million tokens, which costs one short sequence in thousands. A run that begins with sentence i
-    # may include j if reach[j] is at most the room behind i; for each document between them, reach counts a
-    # separator.
+    # may include j if reach[j], which counts a separator for each document before j, is within the limit.
     document = np.searchsorted(documents, begins, side="right")
     across = input_format == "full-sentences"
     separators = document if across else np.zeros_like(document)
@@ -1185,8 +1175,7 @@ def pair_up(documents: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, n
                 break
     unlike = documents[first] != documents[second]
     alone += [*first[~unlike], *second[~unlike]]
-    # Beside a segment left alone: the first one of the next document, which behind the last is the first
-    # again.
+    # Beside a segment left alone: the first of the next document, or of the first one, behind the last.
     beside = np.searchsorted(documents, documents[alone], side="right") % count
     first = np.concatenate([pairs, first[unlike], np.array(alone, dtype=np.int64)])
     second = np.concatenate([pairs + 1, second[unlike], beside])
@@ -1216,8 +1205,7 @@ def mask_tokens(
     masking: Literal["dynamic", "static"] = "dynamic",
     mlm_probability: float = 0.15,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns input_ids with masks, and labels, both (B, T): a pure function of (seed, epoch, sequence,
-    position).
+    """Returns input_ids with masks, and labels, both (B, T): pure in (seed, epoch, sequence, position).
 
     Of the n text tokens in a row exactly round(0.15 n) are predicted (§2): 80 % of these become `<mask>`, 10
     % stay, 10 % become a random token. Special tokens are neither chosen nor drawn. labels hold the original
@@ -1246,8 +1234,7 @@ def mask_tokens(
     chosen = (priority <= highest) & (count > 0)[:, None]
     labels = np.where(chosen, input_ids, IGNORED)
 
-    # What becomes of a chosen token: the upper half of a second draw decides the kind, the lower half which
-    # token.
+    # What becomes of a chosen token: the upper half of a second draw decides; the lower half has the token.
     fate = draw(bits[chosen])  # (M,)
     share = (fate >> np.uint64(32)) / 2**32
     random_token = (fate & np.uint64(2**32 - 1)) % np.uint64(mask_id - first_unit) + np.uint64(first_unit)
@@ -1373,8 +1360,7 @@ class Batches:
         chosen = [self._sequences(int(epoch)) for epoch in epochs]
         rows = [self.sequences.token_ids(sequences, i) for sequences, i in zip(chosen, index)]
         lengths = np.array([len(ids) for ids, _ in rows], dtype=np.int64)
-        # With fewer sequences than micro-batches one may be empty: a row of padding stands in, predicting
-        # nothing.
+        # With fewer sequences than micro-batches one may be empty: a row of padding, which predicts nothing.
         width = self.sequences.seq_len if self.fixed else lengths.max(initial=1)
         input_ids = np.full((max(len(rows), 1), width), PAD)
         types = np.zeros_like(input_ids) if self.sequences.is_pairs else None
