@@ -658,7 +658,7 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterato
     if workers <= 1:
         yield from (function(*job) for job in jobs)
         return
-    # fork starts in milliseconds, and what runs here uses none of the parent's threads. Elsewhere it is unsafe.
+    # fork starts in milliseconds, and what runs here uses no thread of the parent's. Elsewhere it is unsafe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
     try:
