@@ -574,6 +574,9 @@ def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
         say(f"{out} is prepared already", rank)
         shutil.rmtree(work, ignore_errors=True)  # it is there only if the end came in between
         return out
+    if rank == 0 and not (out / "tokenizer").exists() and (work / "settings.json").exists():
+        if read_json(work / "settings.json") != settings:
+            shutil.rmtree(work)  # of a call that came to nothing: there is no work to lose
     if rank == 0 and not (work / "settings.json").exists():
         if (out / "tokenizer").exists():
             raise ValueError(f"{out} holds the tokenizer/ of something else; choose another --out")
@@ -629,8 +632,11 @@ def _settings(config: PrepareConfig) -> dict:
     if config.tokenizer is None and config.vocab_size < NUM_SPECIALS + 256:
         learn_merges(Counter(), config.vocab_size)  # raises now, not after an hour of reading
     given = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer).fingerprint
-    corpus = find_parts(config.corpus) or "documentation"
-    settings = {"format_version": FORMAT_VERSION, "corpus": corpus, "tokenizer": given or config.vocab_size,
+    if config.bpe_megabytes < 1:
+        raise ValueError(f"bpe_megabytes {config.bpe_megabytes} must be at least 1")
+    corpus = [(os.path.abspath(part.path), part.begin, part.end) for part in find_parts(config.corpus)]
+    settings = {"format_version": FORMAT_VERSION, "corpus": corpus or "documentation",
+                "tokenizer": given or config.vocab_size,
                 "held_out": config.held_out, "bpe_megabytes": config.bpe_megabytes}
     return json.loads(json.dumps(settings))  # as it will be read back, with lists for tuples
 
@@ -917,7 +923,7 @@ class Corpus:
         self.directory, self.split = Path(directory), split
         if not (self.directory / "manifest.json").is_file():
             unfinished = (self.directory / WORK / "settings.json").exists()
-            raise ValueError(f"{directory}: " + ("its preparation is unfinished; run the same command again"
+            raise ValueError(f"{directory}: " + ("unfinished; run the same `data.py prepare` again"
                              if unfinished else "no manifest.json; make one with `python data.py prepare`"))
         self.manifest = read_json(self.directory / "manifest.json")
         if (version := self.manifest.get("format_version")) != FORMAT_VERSION:
@@ -947,7 +953,8 @@ class Corpus:
         expected = entry["counts"][kind] * dtype.itemsize
         found = path.stat().st_size if path.exists() else "no"
         if found != expected:
-            raise ValueError(f"{path}: {found} bytes, the manifest says {expected}; delete it, prepare again")
+            raise ValueError(f"{path}: {found} bytes, not the manifest's {expected}; delete {self.directory} "
+                             "and prepare it again")
         return np.memmap(path, dtype, mode="r")
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
@@ -957,7 +964,7 @@ class Corpus:
                 path, expected = self._path(entry, kind), entry["sha256"][kind]
                 if (found := checksum(path)) != expected:
                     raise ValueError(f"{path}: altered since it was written (sha256 {found[:12]}, the "
-                                     f"manifest says {expected[:12]}); delete it and prepare again")
+                                     f"manifest: {expected[:12]}); delete {self.directory}, prepare it again")
 
     def read(self, begin: int, end: int, separators: bool = False) -> np.ndarray:
         """Returns the ids at addresses [begin, end) of one shard; with `</s>` between documents if asked."""

@@ -443,6 +443,8 @@ class RobertaForMaskedLM(RobertaModelBase):
         mask filled independently of the others.
         Raises: ValueError where the text has no `<mask>` or is longer than the positions.
         """
+        if top_k < 1:
+            raise ValueError(f"top_k {top_k} must be at least 1")
         masks = list(re.finditer(r"\s*<mask>", text))
         if not masks:
             raise ValueError(f"no <mask> in {text!r}; write one where a word is to be found, "

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -58,6 +59,7 @@ from data import (
     draw,
     flag,
     permute,
+    predictions_of,
     prefetch,
     prepare,
     read_json,
@@ -381,8 +383,12 @@ def save_checkpoint(
     final, temporary = out / f"checkpoint-{step}", out / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, tokenizer)
-    torch.save(state, temporary / "training.pt")
+    try:
+        model.save_pretrained(temporary, tokenizer)
+        torch.save(state, temporary / "training.pt")
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"cannot write {final} ({str(error).splitlines()[0]}); is the disk full? Earlier "
+                      "checkpoints are whole, and the same command goes on from them") from None
     checksums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
     write_atomically(temporary / "checksums.json", json.dumps(checksums, indent=1).encode())
     for path in [*temporary.iterdir(), temporary]:
@@ -443,10 +449,13 @@ def load_checkpoint(out: Path, rank: int) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """Returns the lines of log.jsonl; the last one is left out if a crash cut it short."""
-    path = out / "log.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    """Returns the lines of log.jsonl; those that a crash damaged are left out."""
+    path, lines = out / "log.jsonl", []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def plot_log(out: Path, title: str) -> None:
@@ -458,8 +467,9 @@ def plot_log(out: Path, title: str) -> None:
 
     lines = read_log(out)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    # A loss that is not finite stands in the log as null.
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
     if held:
@@ -570,7 +580,10 @@ class Run:
         found = load_checkpoint(self.out, self.setup.rank)
         if found:
             path, saved = found
-            self.model.load_state_dict(type(self.model).from_pretrained(path).state_dict())
+            loaded = type(self.model).from_pretrained(path)
+            if loaded.config != self.model.config:
+                raise ValueError(f"{path} holds a model of another shape; choose another --out")
+            self.model.load_state_dict(loaded.state_dict())
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             self.state = saved["state"]
@@ -636,8 +649,9 @@ class Run:
         self.state["skipped_in_a_row"] = 0 if finite else self.state["skipped_in_a_row"] + 1
         if self.state["skipped_in_a_row"] >= MAX_SKIPPED:
             raise FloatingPointError(
-                f"no finite gradient in {MAX_SKIPPED} steps to {self.step + 1}; the last checkpoint is fine; "
-                f"try a lower --peak-lr (now {self.config.peak_lr}), longer --warmup-steps, --precision fp32"
+                f"no finite gradient in {MAX_SKIPPED} steps to {self.step + 1}: the run diverges; "
+                f"start another --out with a lower --peak-lr than {self.config.peak_lr}, longer "
+                "--warmup-steps, or --precision fp32 or bf16"
             )
 
     def _window(self) -> Tensor:
@@ -724,12 +738,13 @@ class Run:
         if self.setup.rank == 0:
             write_atomically(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
             ratio = result["unigram_perplexity"] / result["eval_perplexity"]
+            verdict = f"{ratio:.1f} times better" if ratio > 1 else "not better yet"
             print(f"\nheld-out perplexity {result['eval_perplexity']:.2f}, unigram baseline "
-                  f"{result['unigram_perplexity']:.1f}: {ratio:.1f} times better; "
+                  f"{result['unigram_perplexity']:.1f}: {verdict}; "
                   f"{self.state['tokens']:,} tokens in {clock(self.state['seconds'])}\n\nheld-out sentences:")
             show_filled_masks(self.model, self.held_out_corpus)
             example = "Returns a new array of given <mask> and type."
-            print(f'\nfill your own:  python roberta.py {self.out} "{example}"\n'
+            print(f'\nfill your own:  python roberta.py {shlex.quote(str(self.out))} "{example}"\n'
                   f"curves: {self.out / 'loss.png'}   log: {self.out / 'log.jsonl'}", flush=True)
         return results
 
@@ -784,7 +799,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 result = run.evaluate()
             # All ranks stop at the same step, whoever got the signal.
             stop = int(setup.sum(torch.tensor(len(received))))
-            if run.step % config.checkpoint_interval == 0 or last or stop:
+            sound = run.state["skipped_in_a_row"] == 0  # a run that diverges replaces no checkpoint
+            if (run.step % config.checkpoint_interval == 0 and sound) or last or stop:
                 run.save()
             if stop and not last:
                 say(f"stopped at step {run.step}, saved; the same command goes on from there", setup.rank)
@@ -801,9 +817,21 @@ def check(config: TrainConfig) -> None:
     if config.warmup_steps > config.max_steps:
         raise ValueError(f"--warmup-steps {config.warmup_steps} exceeds --max-steps {config.max_steps}; "
                          f"try --warmup-steps {config.max_steps // 20}")
-    if not 0 < config.mlm_probability < 1:
-        raise ValueError(f"--mlm-probability {config.mlm_probability} must lie between 0 and 1 (§2: 0.15)")
-    for name in ("seed", "warmup_steps", "micro_batch_size"):
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if (size := getattr(config, name)) is not None and size < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {size} must be at least 1")
+    ranges = {"mlm_probability": (1e-9, 1), "dropout": (0, 1), "adam_beta1": (0, 1), "adam_beta2": (0, 1),
+              "peak_lr": (1e-12, 1e3), "adam_eps": (1e-30, 1), "weight_decay": (0, 1e3),
+              "clip_norm": (0, 1e9), "initializer_range": (0, 1e3), "seed": (0, 2**63)}
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value < high:  # NaN is in no range
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be from {low:g} up to {high:g}")
+    room = (config.seq_len - 4) // 2 if config.input_format in PAIR_FORMATS else config.seq_len - 2
+    if predictions_of(room, config.mlm_probability) < 1:
+        raise ValueError(f"--seq-len {config.seq_len} with --mlm-probability {config.mlm_probability} leaves "
+                         "nothing to predict in a sequence; try --seq-len 128")
+    for name in ("warmup_steps", "micro_batch_size"):
         if (getattr(config, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
 

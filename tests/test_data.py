@@ -381,6 +381,15 @@ def test_a_given_tokenizer_is_used(tmp_path, tokenizer):
     assert data.Corpus(out).tokenizer.fingerprint == tokenizer.fingerprint
 
 
+def test_a_preparation_that_came_to_nothing_does_not_stand_in_the_way(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"bad \xff")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        data.prepare(flags(path, tmp_path / "out"))
+    path.write_text("\n\n".join(make_documents(30)))
+    assert data.Corpus(data.prepare(flags(path, tmp_path / "out"))).num_tokens > 0
+
+
 @pytest.mark.parametrize(
     ("text", "more", "message"),
     [
@@ -434,7 +443,7 @@ def test_a_damaged_prepared_directory_is_refused(tmp_path):
     shard, manifest = out / "train-00000.tokens.bin", out / "manifest.json"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=f"{len(whole) - 2} bytes, the manifest says {len(whole)}"):
+    with pytest.raises(ValueError, match=f"{len(whole) - 2} bytes, not the manifest's {len(whole)}"):
         data.Corpus(out)
     shard.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     with pytest.raises(ValueError, match="train-00000.tokens.bin: altered since it was written"):

@@ -368,6 +368,8 @@ def test_text_is_prepared_on_the_way(tmp_path):
         ({"data": "no/such/place"}, "error: no/such/place: no such file or directory"),
         ({"seq_len": 3, "batch_size": 0}, "error: --batch-size 0 must be at least 1"),
         ({"warmup_steps": 50}, "error: --warmup-steps 50 exceeds --max-steps 12"),
+        ({"peak_lr": "nan"}, "error: --peak-lr nan must be from 1e-12 up to 1000"),
+        ({"seq_len": 4}, "error: --seq-len 4 with --mlm-probability 0.15 leaves nothing to predict"),
         ({"num_attention_heads": 3}, "error: hidden_size 16 must be a multiple of num_attention_heads 3"),
     ],
 )
@@ -393,7 +395,7 @@ def test_steps_without_finite_gradients_are_skipped_counted_and_at_last_stop_the
         run_.train_step(step)
     assert run_.state["skipped"] == train.MAX_SKIPPED - 1
     assert all(torch.equal(before[name], p) for name, p in run_.model.named_parameters())
-    with pytest.raises(FloatingPointError, match="no finite gradient in 20 steps .* try a lower --peak-lr"):
+    with pytest.raises(FloatingPointError, match="no finite gradient in 20 steps .* lower --peak-lr"):
         run_.train_step(step)
 
 
