@@ -341,8 +341,8 @@ def evaluate(
 
 
 def perplexity(loss: float) -> float:
-    """Returns exp(loss), for a loss in nats a token; of a run that diverged, the largest number there is."""
-    return math.exp(min(loss, 709.0))
+    """Returns exp(loss), for a loss in nats a token; where a run has diverged, no more than exp(25)."""
+    return math.exp(min(loss, 25.0))
 
 
 def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5) -> None:
@@ -478,7 +478,7 @@ def plot_log(out: Path, title: str) -> None:
         axes.axhline(unigram, color="#d94801", linestyle="--", linewidth=1)
         label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
         axes.annotate("unigram baseline", (held[-1][0], unigram), (0, 3), color="#d94801", **label)
-        axes.annotate(f"perplexity {perplexity(held[-1][1]):.1f}", held[-1], (0, 8), color="#08519c", **label)
+        axes.annotate(f"perplexity {perplexity(held[-1][1]):.1f}", held[-1], (0, 18), color="#08519c", **label)
     axes.set(xlabel="optimiser steps", ylabel="masked-LM loss (nats)", title=title)
     if train or held:
         axes.legend(frameon=False, loc="upper center", ncols=2)
