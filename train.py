@@ -478,7 +478,8 @@ def plot_log(out: Path, title: str) -> None:
         axes.axhline(unigram, color="#d94801", linestyle="--", linewidth=1)
         label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
         axes.annotate("unigram baseline", (held[-1][0], unigram), (0, 3), color="#d94801", **label)
-        axes.annotate(f"perplexity {perplexity(held[-1][1]):.1f}", held[-1], (0, 18), color="#08519c", **label)
+        text = f"perplexity {perplexity(held[-1][1]):.1f}"
+        axes.annotate(text, held[-1], (0, 18), color="#08519c", **label)
     axes.set(xlabel="optimiser steps", ylabel="masked-LM loss (nats)", title=title)
     if train or held:
         axes.legend(frameon=False, loc="upper center", ncols=2)

@@ -258,6 +258,12 @@ def write_corpus(directory, files=6, documents=40):
     return directory
 
 
+def arguments_of(corpus, out, workers=1):
+    """The same as `flags`, as command-line arguments."""
+    words = f"prepare --vocab-size 400 --held-out 0.1 --workers {workers}".split()
+    return [*words, "--corpus", str(corpus), "--out", str(out)]
+
+
 def flags(corpus, out, **more):
     config = data.PrepareConfig(corpus=(str(corpus),), out=str(out), vocab_size=400, held_out=0.1, workers=1)
     return data.dataclasses.replace(config, **more)
@@ -288,23 +294,9 @@ def test_any_number_of_workers_and_ranks_gives_the_same_bytes(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     alone = contents(data.prepare(flags(corpus, tmp_path / "alone")))
     assert alone == contents(data.prepare(flags(corpus, tmp_path / "two", workers=2)))
-    command = [
-        sys.executable,
-        "data.py",
-        "prepare",
-        "--corpus",
-        corpus,
-        "--out",
-        tmp_path / "ranks",
-        "--vocab-size",
-        "400",
-        "--held-out",
-        "0.1",
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, "data.py", *arguments_of(corpus, tmp_path / "ranks", workers=1)]
     ranks = [
-        subprocess.Popen(map(str, command), cwd=ROOT, env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2"})
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2"})
         for r in range(2)
     ]
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
@@ -313,24 +305,10 @@ def test_any_number_of_workers_and_ranks_gives_the_same_bytes(tmp_path):
 
 def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", files=12, documents=600)
-    command = [
-        sys.executable,
-        "data.py",
-        "prepare",
-        "--corpus",
-        corpus,
-        "--out",
-        tmp_path / "out",
-        "--vocab-size",
-        "400",
-        "--held-out",
-        "0.1",
-        "--workers",
-        "2",
-    ]
+    command = [sys.executable, "data.py", *arguments_of(corpus, tmp_path / "out", workers=2)]
     rng, kills = random.Random(0), 0
     for attempt in range(60):
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
             process.wait(timeout=rng.uniform(0.2, 0.5) + 0.01 * attempt)
             break
@@ -421,17 +399,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(tmp_path):
         "import resource, signal, sys, data; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); data.main(sys.argv[1:])"
     )
-    arguments = [
-        "prepare",
-        "--corpus",
-        corpus,
-        "--out",
-        tmp_path / "out",
-        "--vocab-size",
-        "400",
-        "--held-out",
-        "0.1",
-    ]
+    arguments = arguments_of(corpus, tmp_path / "out")
     result = run("-c", code, *arguments)
     assert result.returncode == 1 and "File too large" in result.stderr and result.stderr.count("\n") == 1
     assert run("data.py", *arguments).returncode == 0
