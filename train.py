@@ -118,7 +118,7 @@ FREE_TO_CHANGE = set("""out data vocab_size max_steps micro_batch_size log_inter
 
 
 def tiny() -> TrainConfig:
-    """About five minutes on two cores.
+    """Minutes on two cores: bench/results/first_run.json has the figures.
 
     CHOICE: many small steps instead of §4.3's large batches: with so little compute the number of updates
     decides how soon the model leaves the plateau near the unigram entropy.
