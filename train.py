@@ -74,40 +74,46 @@ from roberta import RobertaConfig, RobertaForMaskedLM, RobertaForPreTraining, Ro
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run. The defaults are BASE's of Table 9; a preset changes some of them, flags change any."""
+class RunConfig:
+    """What pretraining and fine-tuning have in common. The defaults are BASE's of Table 9."""
 
-    preset: Literal["tiny", "base", "large"] = flag("tiny", "size and schedule", "Table 9; tiny: a laptop")
-    data: str | None = flag(None, "prepared directory, or text; none: the documentation installed here")
     out: str | None = flag(None, "run directory; none: runs/PRESET")
     precision: Literal["fp32", "fp16", "bf16"] | None = flag(None, "none: fp16 on a GPU, else fp32", "§3")
     batch_size: int = flag(8192, "sequences an optimiser step, over all ranks", "Table 9")
     micro_batch_size: int | None = flag(None, "sequences a forward pass; none: up to 32 that divide")
-    seq_len: int = flag(512, "tokens a sequence at most", "§2")
-    max_steps: int = flag(500_000, "optimiser steps", "Table 9")
-    warmup_steps: int = flag(24_000, "steps of linear warm-up", "Table 9")
     peak_lr: float = flag(6e-4, "learning rate after warm-up", "Table 9")
     weight_decay: float = flag(0.01, "decoupled weight decay of the matrices", "Table 9")
     adam_beta1: float = flag(0.9, "Adam's beta 1", "Table 9")
     adam_beta2: float = flag(0.98, "Adam's beta 2; 0.999 is unstable with large batches", "§3")
     adam_eps: float = flag(1e-6, "Adam's epsilon", "Table 9")
     clip_norm: float = flag(0.0, "largest gradient norm; 0: no clipping", "Table 9")
+    dropout: float | None = flag(None, "dropout of layers and attention; none: the model's")
+    seed: int = flag(0, "of every random draw")
+    log_interval: int = flag(100, "steps between log lines")
+    checkpoint_interval: int = flag(2000, "steps between checkpoints")
+    keep: int = flag(2, "newest checkpoints kept, beside the best one")
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """One pretraining run. A preset changes some of BASE's values, flags change any."""
+
+    preset: Literal["tiny", "base", "large"] = flag("tiny", "size and schedule", "Table 9; tiny: a laptop")
+    data: str | None = flag(None, "prepared directory, or text; none: the documentation installed here")
+    seq_len: int = flag(512, "tokens a sequence at most", "§2")
+    max_steps: int = flag(500_000, "optimiser steps", "Table 9")
+    warmup_steps: int = flag(24_000, "steps of linear warm-up", "Table 9")
     masking: Literal["dynamic", "static"] = flag("dynamic", "new masks every epoch, or ten in turn", "§4.1")
     mlm_probability: float = flag(0.15, "share of the tokens that are predicted", "§2")
     input_format: InputFormat = flag("full-sentences", "what a sequence is made of", "§4.2")
-    seed: int = flag(0, "of every random draw")
     vocab_size: int = flag(50265, "units of the tokenizer, where --data is not prepared yet", "§4.4")
     hidden_size: int | None = flag(None, "width; none: the preset's")
     num_hidden_layers: int | None = flag(None, "layers; none: the preset's")
     num_attention_heads: int | None = flag(None, "attention heads; none: the preset's")
     intermediate_size: int | None = flag(None, "width of the feed-forward layer; none: the preset's")
-    dropout: float | None = flag(None, "dropout of layers and attention; none: the preset's")
     initializer_range: float | None = flag(None, "standard deviation of initial weights; none: the preset's")
-    log_interval: int = flag(100, "steps between log lines")
     eval_interval: int = flag(2000, "steps between evaluations")
     eval_sequences: int = flag(4096, "held-out sequences an evaluation reads, at most")
-    checkpoint_interval: int = flag(2000, "steps between checkpoints")
-    keep: int = flag(2, "newest checkpoints kept, beside the best one")
     compile: bool = flag(False, "compile the model with torch.compile")
 
 
@@ -225,7 +231,7 @@ def prepared_data(config: TrainConfig) -> Path:
     return prepare(PrepareConfig(corpus, str(directory), config.vocab_size), rank, world_size)
 
 
-def micro_batch_size(config: TrainConfig, world_size: int) -> int:
+def micro_batch_size(config: RunConfig, world_size: int) -> int:
     """Returns --micro-batch-size, or the largest size up to 32 that divides each rank's share of a batch."""
     if config.micro_batch_size:
         return config.micro_batch_size
@@ -265,7 +271,7 @@ def loss_sums(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
     return mlm, nsp, logits
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """Returns Adam with weight decay, one fused kernel for all parameters.
 
     CHOICE: "L2 weight decay" (§2) is decoupled from Adam's moments, and only matrices decay, both as in
@@ -280,16 +286,15 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, config.peak_lr, betas, config.adam_eps, fused=True)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, peak_lr: float, warmup_steps: int, max_steps: int) -> float:
     """Returns the rate of step 0, 1, ...: up linearly for the warm-up, then down linearly to 0 (§2).
 
-    >>> config = replace(base(), max_steps=10, warmup_steps=2, peak_lr=1.0)
-    >>> [learning_rate(step, config) for step in (0, 1, 2, 6)]
+    >>> [learning_rate(step, 1.0, warmup_steps=2, max_steps=10) for step in (0, 1, 2, 6)]
     [0.5, 1.0, 1.0, 0.5]
     """
-    if step < config.warmup_steps:
-        return config.peak_lr * (step + 1) / config.warmup_steps
-    return config.peak_lr * (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps)
+    if step < warmup_steps:
+        return peak_lr * (step + 1) / warmup_steps
+    return peak_lr * (max_steps - step) / max(1, max_steps - warmup_steps)
 
 
 def try_to_compile(model: nn.Module, sample: Batch, setup: Setup) -> nn.Module:
@@ -458,8 +463,8 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
-def plot_log(out: Path, title: str) -> None:
-    """Draws loss.png from log.jsonl: training and held-out loss, the unigram baseline as a line."""
+def plot_log(out: Path, title: str, ylabel: str) -> None:
+    """Draws loss.png from log.jsonl: training and held-out loss, the unigram baseline, if any, as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -467,6 +472,7 @@ def plot_log(out: Path, title: str) -> None:
 
     lines = read_log(out)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
     # A loss that is not finite stands in the log as null.
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     held = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
@@ -474,13 +480,14 @@ def plot_log(out: Path, title: str) -> None:
         axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
     if held:
         axes.plot(*zip(*held, strict=True), color="#08519c", marker="o", markersize=4, label="held-out")
-        unigram = math.log(next(line["unigram_perplexity"] for line in lines if "unigram_perplexity" in line))
+    if unigrams := [line["unigram_perplexity"] for line in lines if "unigram_perplexity" in line]:
+        unigram = math.log(unigrams[0])
         axes.axhline(unigram, color="#d94801", linestyle="--", linewidth=1)
-        label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
-        axes.annotate("unigram baseline", (held[-1][0], unigram), (0, 3), color="#d94801", **label)
-        text = f"perplexity {perplexity(held[-1][1]):.1f}"
-        axes.annotate(text, held[-1], (0, 18), color="#08519c", **label)
-    axes.set(xlabel="optimiser steps", ylabel="masked-LM loss (nats)", title=title)
+        axes.annotate("unigram baseline", (lines[-1]["step"], unigram), (0, 3), color="#d94801", **label)
+        if held:
+            text = f"perplexity {perplexity(held[-1][1]):.1f}"
+            axes.annotate(text, held[-1], (0, 18), color="#08519c", **label)
+    axes.set(xlabel="optimiser steps", ylabel=ylabel, title=title)
     if train or held:
         axes.legend(frameon=False, loc="upper center", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
@@ -509,71 +516,63 @@ MAX_SKIPPED = 20  # steps without finite gradients in a row: more of them will n
 
 
 class Run:
-    """A run: its parts, made from the config, and its state, which a checkpoint holds beside the weights."""
+    """What pretraining and fine-tuning share: optimiser steps, the log, checkpoints, exact resuming.
 
-    def __init__(self, config: TrainConfig, data: Path, setup: Setup):
+    A subclass makes the parts and says what the losses are (`loss_sums`, `loss_counts`), what an evaluation
+    finds (`measure`), which of two is better (`score`), and when it is over.
+
+    batches: `step(n)` gives this rank's micro-batches of step n, and the pass over the data it begins at.
+    """
+
+    loss_names: tuple[str, ...] = ("loss",)
+    save_improvements = False  # whether an evaluation better than all before is a reason to save
+
+    def __init__(self, config: RunConfig, setup: Setup, model: RobertaModelBase, tokenizer: Tokenizer,
+                 batches: Any, warmup_steps: int, max_steps: int):
         self.config, self.setup, self.out = config, setup, Path(config.out)
-        corpus, self.held_out_corpus = Corpus(data), Corpus(data, "heldout")
-        for split in (corpus, self.held_out_corpus):
-            split.verify(setup.rank, setup.world_size)
-        self.tokenizer, self.unigram = corpus.tokenizer, corpus.unigram
-        model_shape = model_config(config, corpus.vocab_size)
-        self._claim_directory(model_shape, corpus)
-        micro = micro_batch_size(config, setup.world_size)
-        shared = {"micro_batch_size": micro, "mlm_probability": config.mlm_probability,
-                  "rank": setup.rank, "world_size": setup.world_size}
-        sequences = Sequences(corpus, config.input_format, config.seq_len)
-        self.batches = Batches(
-            sequences, batch_size=config.batch_size, seed=config.seed, masking=config.masking, **shared
-        )
-        # CHOICE: every format is evaluated on FULL-SENTENCES, so that runs in different formats compare
-        # (§4.2). The seed is no run's own: all runs on the same data are asked for the same masks.
-        held_out = Sequences(self.held_out_corpus, "full-sentences", config.seq_len)
-        self.held_out = Batches(held_out, batch_size=micro * setup.world_size, seed=2**32, **shared)
-
-        torch.manual_seed(config.seed)
-        kind = RobertaForPreTraining if sequences.is_pairs else RobertaForMaskedLM
-        self.model = kind(model_shape).to(setup.device)
+        self.model, self.tokenizer, self.batches = model.to(setup.device), tokenizer, batches
+        self.schedule = config.peak_lr, warmup_steps, max_steps
+        self.max_steps = max_steps
         self.optimizer = make_optimizer(self.model, config)
         # The loss is a mean over the whole step: a micro-batch's gradients are smaller by their number.
-        scale = 2.0 ** (16 + round(math.log2(self.batches.num_micro_batches)))
+        scale = 2.0 ** (16 + round(math.log2(batches.num_micro_batches)))
         self.scaler = torch.amp.GradScaler(setup.device.type, scale, enabled=setup.precision == "fp16")
-        # Since the last log line, on this rank: sums of MLM and NSP losses; real tokens, tokens with padding.
-        # What they are divided by is the same on all ranks, and part of the state.
-        self.window_loss = torch.zeros(2, dtype=torch.float64, device=setup.device)
+        # Since the last log line, on this rank: sums of the losses; real tokens, tokens with padding. What
+        # the losses are divided by is the same on all ranks, and part of the state.
+        self.window_loss = torch.zeros(len(self.loss_names), dtype=torch.float64, device=setup.device)
         self.window_tokens = [0, 0]
         self.state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0,
-                      "eval_loss": math.inf, "eval_step": -1, "best_loss": math.inf, "best_step": -1,
-                      "window_predictions": 0, "window_sequences": 0}
+                      "score": -math.inf, "eval_step": -1, "best_score": -math.inf, "best_step": -1,
+                      "window_counts": [0] * len(self.loss_names)}
         self.grad_norm = self.epoch = 0.0
-        self.wrapped = self.model
-        say(f"{self.model.num_parameters():,} parameters, {self.tokenizer.vocab_size} units, "
-            f"{len(sequences.epoch(config.seed, 0).first):,} sequences of {corpus.num_tokens:,} tokens; "
-            f"{self.batches.num_micro_batches} x {micro} sequences a rank and step", setup.rank)
+        self.wrapped: nn.Module = self.model
+
+    def loss_sums(self, batch: Any) -> tuple[Tensor, ...]:
+        """Returns the sum of each loss over a micro-batch. Sums: only the whole step knows the counts."""
+        raise NotImplementedError
+
+    def loss_counts(self, step: Any) -> list[int]:
+        """Returns what each loss is divided by: a count over all micro-batches of all ranks."""
+        raise NotImplementedError
+
+    def measure(self) -> dict[str, float]:
+        """Returns what an evaluation finds, the same on all ranks."""
+        raise NotImplementedError
+
+    def score(self, result: dict[str, float]) -> float:
+        """Returns how good an evaluation is, more is better: the best checkpoint is kept."""
+        raise NotImplementedError
+
+    def shown(self, result: dict[str, float]) -> str:
+        """Returns an evaluation in words."""
+        raise NotImplementedError
+
+    def is_over(self) -> bool:
+        return self.step >= self.max_steps
 
     @property
     def step(self) -> int:
         return self.state["step"]
-
-    def _claim_directory(self, model_shape: RobertaConfig, corpus: Corpus) -> None:
-        """Writes run.json, or where it is there already, refuses a run that would not continue it."""
-        described = {"flags": asdict(self.config), "model": asdict(model_shape),
-                     "data": {"tokenizer": corpus.tokenizer.fingerprint, "tokens": corpus.num_tokens}}
-        described = json.loads(json.dumps(described))
-        path = self.out / "run.json"
-        if path.exists():
-            before = read_json(path)
-            for part in described:
-                for name, value in described[part].items():
-                    if before[part].get(name) != value and name not in FREE_TO_CHANGE:
-                        raise ValueError(
-                            f"{self.out} holds a run with {name} {before[part].get(name)}, this one has "
-                            f"{value}; choose another --out, or delete the directory to start over"
-                        )
-        if self.setup.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, (json.dumps(described, indent=1) + "\n").encode())
-            write_atomically(self.out / "config.json", model_shape.to_json("RobertaForMaskedLM").encode())
 
     def resume(self) -> None:
         """Goes back to the newest whole checkpoint, if any: weights, optimiser, scaler, counters, log."""
@@ -587,10 +586,10 @@ class Run:
             self.model.load_state_dict(loaded.state_dict())
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
-            self.state = saved["state"]
+            self.state |= saved["state"]
             if self.setup.rank == 0:  # one rank goes on with the sums over all
-                self.window_loss.copy_(saved["window"][:2])
-                self.window_tokens = saved["window"][2:].long().tolist()
+                self.window_loss.copy_(saved["window"][:-2])
+                self.window_tokens = saved["window"][-2:].long().tolist()
             self.window_started = time.monotonic() - saved["window_seconds"]
             say(f"resuming at step {self.step} from {path}", self.setup.rank)
         if self.setup.rank == 0:  # lines written after that checkpoint will be written again
@@ -603,34 +602,32 @@ class Run:
         if self.setup.world_size > 1:
             device_ids = [self.setup.device.index] if self.setup.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
-        if self.config.compile:
-            self.wrapped = try_to_compile(self.wrapped, self.batches.step(0).batches[0], self.setup)
 
-    def train_step(self, step: Step) -> None:
+    def train_step(self, step: Any) -> None:
         """One optimiser step: accumulate the micro-batches' gradients, then update."""
-        config, setup = self.config, self.setup
+        setup = self.setup
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
+            group["lr"] = learning_rate(self.step, *self.schedule)
         self.model.train()
+        counts = self.loss_counts(step)
         for number, batch in enumerate(step.batches):
             # Dropout depends on where in the run we are, not on how often a generator was asked before.
-            seed = draw(config.seed, DROPOUT_STREAM, self.step, number, setup.rank)
+            seed = draw(self.config.seed, DROPOUT_STREAM, self.step, number, setup.rank)
             torch.manual_seed(int(seed >> np.uint64(1)))  # it takes 63 bits
             last = number == len(step.batches) - 1
             wait = contextlib.nullcontext() if last or setup.world_size == 1 else self.wrapped.no_sync()
             with wait:  # gradients travel between ranks once a step, with the last micro-batch
                 with setup.autocast():
-                    mlm, nsp, _ = loss_sums(self.wrapped, batch, setup.device)
-                loss = mlm / max(1, step.num_predictions) + nsp / step.num_sequences
+                    sums = self.loss_sums(batch)
+                loss = sum(part / max(1, count) for part, count in zip(sums, counts))
                 # DDP averages over ranks; the sum is what is wanted.
                 self.scaler.scale(loss * setup.world_size).backward()
-            self.window_loss += torch.stack([mlm, nsp]).detach()
+            self.window_loss += torch.stack(sums).detach()
             self.window_tokens = [self.window_tokens[0] + batch.num_tokens,
                                   self.window_tokens[1] + batch.input_ids.size]
         self._update()
         self.epoch = step.epoch
-        self.state["window_predictions"] += step.num_predictions
-        self.state["window_sequences"] += step.num_sequences
+        self.state["window_counts"] = [a + b for a, b in zip(self.state["window_counts"], counts)]
         self.state["step"] += 1
 
     def _update(self) -> None:
@@ -651,8 +648,8 @@ class Run:
         if self.state["skipped_in_a_row"] >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"no finite gradient in {MAX_SKIPPED} steps to {self.step + 1}: the run diverges; "
-                f"start another --out with a lower --peak-lr than {self.config.peak_lr}, longer "
-                "--warmup-steps, or --precision fp32 or bf16"
+                f"start another --out with a lower --peak-lr than {self.config.peak_lr}, a longer "
+                "warm-up, or --precision fp32 or bf16"
             )
 
     def _window(self) -> Tensor:
@@ -662,42 +659,41 @@ class Run:
 
     def log(self) -> None:
         """Writes and prints a line about the steps since the last one."""
-        loss, nsp, tokens, slots = self._window().tolist()
+        *sums, tokens, slots = self._window().tolist()
         seconds = time.monotonic() - self.window_started
-        mean = loss / max(1, self.state["window_predictions"])
-        line = {"step": self.step, "epoch": round(self.epoch, 4), "loss": mean,
-                "perplexity": perplexity(mean), "lr": learning_rate(self.step - 1, self.config),
-                "grad_norm": self.grad_norm, "tokens_per_second": tokens / seconds,
-                "padding": 1 - tokens / slots}
-        if self.batches.sequences.is_pairs:
-            line["nsp_loss"] = nsp / self.state["window_sequences"]
+        means = [part / max(1, count) for part, count in zip(sums, self.state["window_counts"])]
+        line = {"step": self.step, "epoch": round(self.epoch, 4), **self.named(means),
+                "lr": learning_rate(self.step - 1, *self.schedule), "grad_norm": self.grad_norm,
+                "tokens_per_second": tokens / seconds, "padding": 1 - tokens / slots}
         if self.scaler.is_enabled():
             line["scale"] = self.scaler.get_scale()
         if self.scaler.is_enabled() or self.state["skipped"]:
             line["skipped"] = self.state["skipped"]
         self.state["tokens"] += int(tokens)
         self.state["seconds"] += seconds
-        line["eta_seconds"] = self.state["seconds"] / self.step * (self.config.max_steps - self.step)
+        line["eta_seconds"] = self.state["seconds"] / self.step * (self.max_steps - self.step)
         self._write(line)
-        shown = (f"step {self.step}/{self.config.max_steps}  epoch {self.epoch:.2f}  loss {mean:.3f}  "
-                 f"perplexity {line['perplexity']:.1f}  lr {line['lr']:.2e}  norm {self.grad_norm:.2f}  "
-                 f"{line['tokens_per_second']:,.0f} tokens/s  left {clock(line['eta_seconds'])}")
-        for name in ("nsp_loss", "scale", "skipped"):
-            shown += f"  {name} {line[name]:g}" if name in line else ""
-        say(shown, self.setup.rank)
+        formats = {"epoch": ".2f", "loss": ".3f", "perplexity": ".1f", "lr": ".2e", "grad_norm": ".2f",
+                   "nsp_loss": ".3f", "scale": "g", "skipped": "g"}
+        parts = [f"{name} {line[name]:{form}}" for name, form in formats.items() if name in line]
+        say("  ".join([f"step {self.step}/{self.max_steps}", *parts, f"{line['tokens_per_second']:,.0f} "
+                       f"tokens/s  left {clock(line['eta_seconds'])}"]), self.setup.rank)
         self.window_loss.zero_()
         self.window_tokens = [0, 0]
-        self.state |= {"window_predictions": 0, "window_sequences": 0}
+        self.state["window_counts"] = [0] * len(self.loss_names)
         self.window_started = time.monotonic()
+
+    def named(self, means: list[float]) -> dict[str, float]:
+        """Returns the mean losses as a log line names them."""
+        return dict(zip(self.loss_names, means))
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates, prints and writes a line about it."""
         started = time.monotonic()
-        result = evaluate(self.model, self.held_out, self.unigram, self.config.eval_sequences, self.setup)
+        result = self.measure()
         self._write({"step": self.step} | result)
-        say("step {}  held-out perplexity {eval_perplexity:.2f}  (unigram {unigram_perplexity:.1f})  masked "
-            "accuracy {masked_accuracy:.1%}".format(self.step, **result), self.setup.rank)
-        self.state |= {"eval_loss": result["eval_loss"], "eval_step": self.step}
+        say(f"step {self.step}  {self.shown(result)}", self.setup.rank)
+        self.state |= {"score": self.score(result), "eval_step": self.step}
         self._not_training(started)
         return result
 
@@ -714,12 +710,16 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def _improved(self) -> bool:
+        """Returns whether the weights as they are now are the best so far."""
+        return self.state["eval_step"] == self.step and self.state["score"] > self.state["best_score"]
+
     def save(self) -> None:
         """Writes a checkpoint of the current step and removes those no longer kept."""
         started = time.monotonic()
         window, window_seconds = self._window(), started - self.window_started
-        if self.state["eval_step"] == self.step and self.state["eval_loss"] < self.state["best_loss"]:
-            self.state |= {"best_loss": self.state["eval_loss"], "best_step": self.step}
+        if self._improved():
+            self.state |= {"best_score": self.state["score"], "best_step": self.step}
         if self.setup.rank == 0:
             state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                      "state": self.state, "window": window, "window_seconds": window_seconds}
@@ -727,8 +727,125 @@ class Run:
             for step, path in checkpoints(self.out)[self.config.keep :]:
                 if step != self.state["best_step"]:
                     remove_checkpoint(path)
-            plot_log(self.out, f"RoBERTa {self.config.preset}, {self.model.num_parameters():,} parameters")
+            self.plot()
         self._not_training(started)
+
+    def plot(self) -> None:
+        """Draws what the log says."""
+        raise NotImplementedError
+
+    def loop(self, eval_interval: int) -> dict[str, float]:
+        """Trains from where the run stands to its end; returns the last evaluation's result.
+
+        A signal ends the process at the next step, on all ranks, with a checkpoint of it.
+        """
+        with stop_signals() as received:
+            for step in prefetch(self.batches.step, range(self.step, self.max_steps)):
+                self.train_step(step)
+                last = self.step == self.max_steps
+                if self.step % self.config.log_interval == 0 or last:
+                    self.log()
+                if evaluated := self.step % eval_interval == 0 or last:
+                    result = self.evaluate()
+                # All ranks stop at the same step, whoever got the signal.
+                stop = int(self.setup.sum(torch.tensor(len(received))))
+                sound = self.state["skipped_in_a_row"] == 0  # a run that diverges replaces no checkpoint
+                due = self.step % self.config.checkpoint_interval == 0
+                due |= self.save_improvements and evaluated and self._improved()
+                if (due and sound) or stop or self.is_over():
+                    self.save()
+                if self.is_over():
+                    return result
+                if stop:
+                    say(f"stopped at step {self.step}, saved; the same command goes on from there",
+                        self.setup.rank)
+                    sys.exit(128 + (received[0] if received else signal.SIGTERM))
+        raise AssertionError("a run that is over was trained")
+
+
+def claim_directory(out: Path, described: dict[str, dict], free_to_change: set[str], rank: int) -> None:
+    """Writes run.json, or where it is there already, refuses a run that would not continue it.
+
+    Raises: ValueError with both values, for the first entry outside `free_to_change` that differs.
+    """
+    described = json.loads(json.dumps(described))  # as it will be read back
+    path = out / "run.json"
+    if path.exists():
+        before = read_json(path)
+        for part in described:
+            for name, value in described[part].items():
+                found = before.get(part, {}).get(name)
+                if found != value and name not in free_to_change:
+                    raise ValueError(f"{out} holds a run with {name} {found}, this one has {value}; "
+                                     "choose another --out, or delete the directory to start over")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(described, indent=1) + "\n").encode())
+
+
+class Pretraining(Run):
+    """A pretraining run: its parts, made from the config and a prepared directory."""
+
+    def __init__(self, config: TrainConfig, data: Path, setup: Setup):
+        corpus, self.held_out_corpus = Corpus(data), Corpus(data, "heldout")
+        for split in (corpus, self.held_out_corpus):
+            split.verify(setup.rank, setup.world_size)
+        self.unigram = corpus.unigram
+        shape = model_config(config, corpus.vocab_size)
+        described = {"flags": asdict(config), "model": asdict(shape),
+                     "data": {"tokenizer": corpus.tokenizer.fingerprint, "tokens": corpus.num_tokens}}
+        claim_directory(Path(config.out), described, FREE_TO_CHANGE, setup.rank)
+        if setup.rank == 0:
+            write_atomically(Path(config.out) / "config.json", shape.to_json("RobertaForMaskedLM").encode())
+        micro = micro_batch_size(config, setup.world_size)
+        shared = {"micro_batch_size": micro, "mlm_probability": config.mlm_probability,
+                  "rank": setup.rank, "world_size": setup.world_size}
+        sequences = Sequences(corpus, config.input_format, config.seq_len)
+        batches = Batches(
+            sequences, batch_size=config.batch_size, seed=config.seed, masking=config.masking, **shared
+        )
+        # CHOICE: every format is evaluated on FULL-SENTENCES, so that runs in different formats compare
+        # (§4.2). The seed is no run's own: all runs on the same data are asked for the same masks.
+        held_out = Sequences(self.held_out_corpus, "full-sentences", config.seq_len)
+        self.held_out = Batches(held_out, batch_size=micro * setup.world_size, seed=2**32, **shared)
+        self.loss_names = ("loss", "nsp_loss") if sequences.is_pairs else ("loss",)
+
+        torch.manual_seed(config.seed)
+        model = (RobertaForPreTraining if sequences.is_pairs else RobertaForMaskedLM)(shape)
+        schedule = config.warmup_steps, config.max_steps
+        super().__init__(config, setup, model, corpus.tokenizer, batches, *schedule)
+        say(f"{self.model.num_parameters():,} parameters, {self.tokenizer.vocab_size} units, "
+            f"{len(sequences.epoch(config.seed, 0).first):,} sequences of {corpus.num_tokens:,} tokens; "
+            f"{batches.num_micro_batches} x {micro} sequences a rank and step", setup.rank)
+
+    def resume(self) -> None:
+        super().resume()
+        if self.config.compile:
+            self.wrapped = try_to_compile(self.wrapped, self.batches.step(0).batches[0], self.setup)
+
+    def loss_sums(self, batch: Batch) -> tuple[Tensor, ...]:
+        return loss_sums(self.wrapped, batch, self.setup.device)[: len(self.loss_names)]
+
+    def loss_counts(self, step: Step) -> list[int]:
+        return [step.num_predictions, step.num_sequences][: len(self.loss_names)]
+
+    def named(self, means: list[float]) -> dict[str, float]:
+        names = super().named(means)
+        return {"loss": names.pop("loss"), "perplexity": perplexity(means[0]), **names}
+
+    def measure(self) -> dict[str, float]:
+        return evaluate(self.model, self.held_out, self.unigram, self.config.eval_sequences, self.setup)
+
+    def score(self, result: dict[str, float]) -> float:
+        return -result["eval_loss"]
+
+    def shown(self, result: dict[str, float]) -> str:
+        return ("held-out perplexity {eval_perplexity:.2f}  (unigram {unigram_perplexity:.1f})  masked "
+                "accuracy {masked_accuracy:.1%}".format(**result))
+
+    def plot(self) -> None:
+        title = f"RoBERTa {self.config.preset}, {self.model.num_parameters():,} parameters"
+        plot_log(self.out, title, "masked-LM loss (nats)")
 
     def finish(self, result: dict[str, float]) -> dict[str, Any]:
         """Writes results.json and shows what the model has learned."""
@@ -781,32 +898,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check(config)
     data = prepared_data(config)
     setup = set_up(config.precision)
-    run = Run(replace(config, precision=setup.precision), data, setup)
+    run = Pretraining(replace(config, precision=setup.precision), data, setup)
     run.resume()
-    if run.step >= config.max_steps:
+    if run.is_over():
         say(f"{config.out} is finished at step {run.step}. To lengthen it: --max-steps {2 * run.step}, with "
             f"the schedule of the longer run. To start another: another --out, or delete it.", setup.rank)
         if (run.out / "results.json").exists():
             return read_json(run.out / "results.json")
-        return run.finish(evaluate(run.model, run.held_out, run.unigram, config.eval_sequences, setup))
-
-    with stop_signals() as received:
-        for step in prefetch(run.batches.step, range(run.step, config.max_steps)):
-            run.train_step(step)
-            last = run.step == config.max_steps
-            if run.step % config.log_interval == 0 or last:
-                run.log()
-            if run.step % config.eval_interval == 0 or last:
-                result = run.evaluate()
-            # All ranks stop at the same step, whoever got the signal.
-            stop = int(setup.sum(torch.tensor(len(received))))
-            sound = run.state["skipped_in_a_row"] == 0  # a run that diverges replaces no checkpoint
-            if (run.step % config.checkpoint_interval == 0 and sound) or last or stop:
-                run.save()
-            if stop and not last:
-                say(f"stopped at step {run.step}, saved; the same command goes on from there", setup.rank)
-                sys.exit(128 + (received[0] if received else signal.SIGTERM))
-    return run.finish(result)
+        return run.finish(run.measure())
+    return run.finish(run.loop(config.eval_interval))
 
 
 def check(config: TrainConfig) -> None:

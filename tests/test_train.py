@@ -92,7 +92,7 @@ def test_presets_are_table_9():
 
 def test_learning_rate_warms_up_and_decays_linearly():
     c = dataclasses.replace(train.base(), max_steps=100, warmup_steps=10)
-    rates = [train.learning_rate(step, c) for step in range(100)]
+    rates = [train.learning_rate(step, c.peak_lr, c.warmup_steps, c.max_steps) for step in range(100)]
     assert rates[9] == rates[10] == max(rates) == 6e-4
     assert np.allclose(np.diff(rates[:10]), 6e-5) and np.allclose(np.diff(rates[10:]), -6e-4 / 90)
     assert rates[-1] == pytest.approx(6e-4 / 90)
@@ -386,7 +386,7 @@ def test_bad_values_are_one_clear_line(prepared, tmp_path, arguments, message):
 
 def test_steps_without_finite_gradients_are_skipped_counted_and_at_last_stop_the_run(prepared, tmp_path):
     setup = train.set_up("fp32")
-    run_ = train.Run(config(prepared, tmp_path / "run", max_steps=100), prepared, setup)
+    run_ = train.Pretraining(config(prepared, tmp_path / "run", max_steps=100), prepared, setup)
     run_.resume()
     before = {name: p.clone() for name, p in run_.model.named_parameters()}
     step = run_.batches.step(0)
@@ -400,7 +400,9 @@ def test_steps_without_finite_gradients_are_skipped_counted_and_at_last_stop_the
 
 
 def test_fp16_scaler_recovers_from_an_overflow(prepared, tmp_path):
-    run_ = train.Run(config(prepared, tmp_path / "run", precision="fp16"), prepared, train.set_up("fp16"))
+    run_ = train.Pretraining(
+        config(prepared, tmp_path / "run", precision="fp16"), prepared, train.set_up("fp16")
+    )
     run_.resume()
     run_.scaler.load_state_dict(run_.scaler.state_dict() | {"scale": 2.0**60})
     step, skipped = run_.batches.step(0), 0
