@@ -312,6 +312,18 @@ class Tokenizer:
             ranks = np.concatenate([self._bpe.encode_to_numpy(p, disallowed_special=()) for p in pieces])
         return self.rank_to_id[ranks]
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of a text, and (T, 2) which characters each token is made of: text[begin:end].
+
+        The space before a word is part of its token. A token may be a part of a character of several bytes:
+        then it counts as the whole of it.
+        """
+        ids = self.encode_to_numpy(text)
+        ends = np.cumsum(self.byte_lengths[ids])  # in bytes, as everything in the next line
+        begins, data = ends - self.byte_lengths[ids], np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        character = np.cumsum((data & 0xC0) != 0x80) - 1  # of each byte: 10xxxxxx goes on with the one before
+        return ids, np.stack([character[begins], character[ends - 1] + 1], axis=1)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, exactly what was encoded; specials by name, invalid UTF-8 as U+FFFD."""
         return b"".join(self.id_to_bytes[index] for index in ids).decode("utf-8", errors="replace")
@@ -1446,7 +1458,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            arguments |= {"nargs": "+", "metavar": "PATH"}
+            kind = typing.get_args(kind)[0]
+            arguments |= {"nargs": "+", "type": kind, "metavar": {int: "N", float: "X", str: "PATH"}[kind]}
         elif typing.get_origin(kind) is Literal:
             arguments["choices"] = typing.get_args(kind)
         else:

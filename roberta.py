@@ -57,6 +57,7 @@ class RobertaConfig:
     eos_token_id: int = 2
     hidden_act: str = "gelu"  # the exact one, with erf
     num_labels: int | None = None  # of a classification head, 1: regression; none: those of id2label, or 2
+    answerability: bool = False  # of a question-answering head: SQuAD v2.0's classifier, §3
     id2label: dict[int, str] = field(default_factory=dict)  # label names; none: LABEL_0, LABEL_1, ...
 
     def __post_init__(self):
@@ -537,18 +538,20 @@ class RobertaForMultipleChoice(RobertaModelBase):
 
 
 class RobertaForQuestionAnswering(RobertaModelBase):
-    """Where in the passage the answer starts and ends (§5.2, SQuAD)."""
+    """Where in the passage the answer starts and ends (§5.2, SQuAD); for v2.0, whether there is one (§3)."""
 
     def __init__(self, config: RobertaConfig):
         super().__init__(config)
         self.roberta = RobertaModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.answerable = nn.Linear(config.hidden_size, 1) if config.answerability else None
         self.init_weights()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns start logits and end logits, each (B, T)."""
-        start, end = self.qa_outputs(self.roberta(input_ids, attention_mask)).unbind(-1)
-        return start, end
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Returns start logits and end logits, each (B, T); with `answerability` also its logits, (B,)."""
+        hidden = self.roberta(input_ids, attention_mask)
+        start, end = self.qa_outputs(hidden).unbind(-1)  # (B, T, 2) -> two of (B, T)
+        return (start, end) if self.answerable is None else (start, end, self.answerable(hidden[:, 0])[:, 0])
 
 
 # ----------------------------------------------------------------------------------------------------------

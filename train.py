@@ -400,11 +400,16 @@ def save_checkpoint(
         sync(path)
     remove_checkpoint(final)  # of the same step, before the run was resumed from an earlier one
     os.replace(temporary, final)
-    link = out / ".checkpoint.tmp"
+    point_to(final)
+
+
+def point_to(path: Path) -> None:
+    """Has the link `checkpoint` beside a checkpoint lead to it."""
+    link = path.parent / ".checkpoint.tmp"
     link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, out / "checkpoint")
-    sync(out)
+    link.symlink_to(path.name)
+    os.replace(link, path.parent / "checkpoint")
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -750,9 +755,9 @@ class Run:
                 # All ranks stop at the same step, whoever got the signal.
                 stop = int(self.setup.sum(torch.tensor(len(received))))
                 sound = self.state["skipped_in_a_row"] == 0  # a run that diverges replaces no checkpoint
-                due = self.step % self.config.checkpoint_interval == 0
-                due |= self.save_improvements and evaluated and self._improved()
-                if (due and sound) or stop or self.is_over():
+                due = self.step % self.config.checkpoint_interval == 0 and sound
+                better = self.save_improvements and evaluated and self._improved()
+                if due or better or stop or self.is_over():
                     self.save()
                 if self.is_over():
                     return result
@@ -909,32 +914,43 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return run.finish(run.loop(config.eval_interval))
 
 
+def check_values(config: RunConfig) -> None:
+    """Raises ValueError for values that no run, of pretraining or fine-tuning, can have."""
+    for name in ("batch_size", "log_interval", "checkpoint_interval", "keep"):
+        at_least(config, name, 1)
+    at_least(config, "micro_batch_size", 0)
+    ranges = {"dropout": (0, 1), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_eps": (1e-30, 1),
+              "peak_lr": (1e-12, 1e3), "weight_decay": (0, 1e3), "clip_norm": (0, 1e9), "seed": (0, 2**63)}
+    for name, (low, high) in ranges.items():
+        in_range(config, name, low, high)
+
+
+def at_least(config: RunConfig, name: str, least: int) -> None:
+    if (value := getattr(config, name)) is not None and value < least:
+        raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def in_range(config: RunConfig, name: str, low: float, high: float) -> None:
+    if (value := getattr(config, name)) is not None and not low <= value < high:  # NaN is in no range
+        raise ValueError(f"--{name.replace('_', '-')} {value} must be from {low:g} up to {high:g}")
+
+
 def check(config: TrainConfig) -> None:
     """Raises ValueError for values that no run can have, before anything is read or written."""
-    for name in ("batch_size max_steps log_interval eval_interval eval_sequences checkpoint_interval keep "
-                 "seq_len").split():
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    check_values(config)
+    for name in ("max_steps eval_interval eval_sequences seq_len hidden_size num_hidden_layers "
+                 "num_attention_heads intermediate_size").split():
+        at_least(config, name, 1)
+    at_least(config, "warmup_steps", 0)
     if config.warmup_steps > config.max_steps:
         raise ValueError(f"--warmup-steps {config.warmup_steps} exceeds --max-steps {config.max_steps}; "
                          f"try --warmup-steps {config.max_steps // 20}")
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        if (size := getattr(config, name)) is not None and size < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {size} must be at least 1")
-    ranges = {"mlm_probability": (1e-9, 1), "dropout": (0, 1), "adam_beta1": (0, 1), "adam_beta2": (0, 1),
-              "peak_lr": (1e-12, 1e3), "adam_eps": (1e-30, 1), "weight_decay": (0, 1e3),
-              "clip_norm": (0, 1e9), "initializer_range": (0, 1e3), "seed": (0, 2**63)}
-    for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value < high:  # NaN is in no range
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be from {low:g} up to {high:g}")
+    in_range(config, "mlm_probability", 1e-9, 1)
+    in_range(config, "initializer_range", 0, 1e3)
     room = (config.seq_len - 4) // 2 if config.input_format in PAIR_FORMATS else config.seq_len - 2
     if predictions_of(room, config.mlm_probability) < 1:
         raise ValueError(f"--seq-len {config.seq_len} with --mlm-probability {config.mlm_probability} leaves "
                          "nothing to predict in a sequence; try --seq-len 128")
-    for name in ("warmup_steps", "micro_batch_size"):
-        if (getattr(config, name) or 0) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
 
 
 def parse(argv: Sequence[str] | None) -> TrainConfig:
@@ -966,12 +982,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = 1) -> NoReturn:
     """Ends this process with one line; at once if there are other ranks, for a farewell could block."""
     print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
-        os._exit(1)
-    sys.exit(1)
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

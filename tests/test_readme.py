@@ -7,11 +7,12 @@ import pytest
 from conftest import ROOT
 
 import data
+import finetune
 import roberta
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = {"roberta.py": roberta, "data.py": data, "train.py": train}
+MODULES = {"roberta.py": roberta, "data.py": data, "train.py": train, "finetune.py": finetune}
 
 
 def test_every_row_from_paper_to_code_names_something_that_exists():
@@ -38,7 +39,7 @@ def test_files_and_flags_that_are_named_exist():
         assert (ROOT / path).exists(), path
     flags = {
         "--" + field.name.replace("_", "-")
-        for config in (train.TrainConfig, data.PrepareConfig)
+        for config in (train.TrainConfig, data.PrepareConfig, finetune.FinetuneConfig)
         for field in data.dataclasses.fields(config)
     }
     torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
@@ -46,19 +47,22 @@ def test_files_and_flags_that_are_named_exist():
 
 
 def test_commands_parse():
-    """Every train.py and data.py command of the README, as far as its flags go."""
+    """Every train.py, finetune.py and data.py command of the README, as far as its flags go."""
     found = 0
     for line in re.findall(r"^(?:pip .* && )?((?:torchrun|python) .*)$", README, re.MULTILINE):
         words = shlex.split(line.split("  #")[0].replace(" ...", ""))
         if "train.py" in words:
             train.parse(words[words.index("train.py") + 1 :])
             found += 1
+        if "finetune.py" in words:
+            finetune.parse(words[words.index("finetune.py") + 1 :])
+            found += 1
         if "data.py" in words:
             parser = data.argparse.ArgumentParser()
             data.add_flags(parser, data.PrepareConfig)
             parser.parse_args(words[words.index("data.py") + 2 :])
             found += 1
-    assert found >= 5
+    assert found >= 10
 
 
 def test_requirements_pin_what_the_project_allows():
