@@ -95,14 +95,15 @@ class FinetuneConfig(RunConfig):
     """What one command is asked to do. The defaults are GLUE's; `table_10` has the other tasks'.
 
     CHOICE: of Table 10's sets for GLUE, {16, 32} and {1e-5, 2e-5, 3e-5}, a single run takes 32 and the middle
-    rate.
+    rate. CHOICE: the model of the best epoch is kept, for SQuAD and RACE as well, and three epochs without a
+    better one end a run. The lengths in a SQuAD input are those of BERT's code.
     """
 
     task: TaskName = flag("all", "a task, or all that --data holds")
     data: str | None = flag(None, "folder of the tasks (glue/, squad/, RACE/), or the task's own")
     model: str | None = flag(None, "pretrained model or fine-tuned run to start from")
     out: str | None = flag(None, "run directory; none: runs/TASK")
-    batch_size: int = flag(32, "examples an optimiser step, over all ranks", "Table 10")
+    batch_size: int = flag(32, "examples (SQuAD: windows) a step, over all ranks", "Table 10")
     micro_batch_size: int | None = flag(None, "examples a forward pass; none: up to 32 that divide")
     peak_lr: float = flag(2e-5, "learning rate after warm-up", "Table 10")
     weight_decay: float = flag(0.1, "decoupled weight decay of the matrices", "Table 10")
@@ -112,8 +113,8 @@ class FinetuneConfig(RunConfig):
     keep: int = flag(1, "newest checkpoints kept during a run, beside the best one")
     seq_len: int | None = flag(None, "tokens an input at most; none: what the model takes, up to 512")
     doc_stride: int = flag(128, "tokens between the beginnings of a passage's windows")
-    question_tokens: int = flag(64, "tokens of a question at most (SQuAD)")
-    answer_tokens: int = flag(30, "tokens of a predicted answer at most (SQuAD)")
+    max_question_tokens: int = flag(64, "tokens of a question at most (SQuAD)")
+    max_answer_tokens: int = flag(30, "tokens of a predicted answer at most (SQuAD)")
     scratch: bool = flag(False, "start from random weights of the model's shape: the baseline")
     ranking: bool = flag(False, "QNLI, WNLI: rank candidates, as for the paper's test set", "§5.1")
     sweep: bool = flag(False, "run every batch size with every learning rate and report the best", "§5.1")
@@ -121,22 +122,27 @@ class FinetuneConfig(RunConfig):
     sweep_lrs: tuple[float, ...] = flag((1e-5, 2e-5, 3e-5), "learning rates of --sweep", "Table 10")
     seeds: int | None = flag(None, "runs of each setting; none: 5 with --sweep, else 1", "§5.1")
     ensemble: tuple[str, ...] = flag((), "finished runs to average instead of training", "§5.1")
-    predict: bool = flag(False, "write the test set's predictions; where there is none, the dev set's")
+    predict: bool = flag(False, "write test predictions (no test set: dev) of the run, of several the best")
     skip_bad_rows: bool = flag(False, "leave malformed rows out, and count them, instead of stopping")
 
 
 # What may differ between two starts of one run: see train.py. The rest is what its result depends on.
-FREE_TO_CHANGE = set("""out data model micro_batch_size log_interval checkpoint_interval keep answer_tokens
-    sweep sweep_batch_sizes sweep_lrs seeds ensemble predict""".split())
+FREE_TO_CHANGE = {
+    "out", "data", "model", "micro_batch_size", "log_interval", "checkpoint_interval", "keep", "sweep",
+    "sweep_batch_sizes", "sweep_lrs", "seeds", "ensemble", "predict",
+}
 
 
-def table_10(task: str) -> dict[str, float]:
+def table_10(task: str) -> dict[str, Any]:
     """Returns the settings in which a task differs from GLUE's."""
     if task == "race":
-        return {"batch_size": 16, "peak_lr": 1e-5, "epochs": 4}
-    if task.startswith("squad"):
-        return {"batch_size": 48, "peak_lr": 1.5e-5, "epochs": 2, "weight_decay": 0.01}
-    return {}
+        settings = {"batch_size": 16, "peak_lr": 1e-5, "epochs": 4}
+    elif task.startswith("squad"):
+        settings = {"batch_size": 48, "peak_lr": 1.5e-5, "epochs": 2, "weight_decay": 0.01}
+    else:
+        return {}
+    # There is one setting to sweep over: only the seeds differ.
+    return settings | {"sweep_batch_sizes": (settings["batch_size"],), "sweep_lrs": (settings["peak_lr"],)}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -220,10 +226,12 @@ def split_files(name: str, place: Path, split: str) -> list[tuple[str, Path]]:
         files = [(part, f"{split}/{part}") for part in ("middle", "high")]
     elif name == "mnli" and split != "train":
         files = [(part, f"{split}_{part}.tsv") for part in ("matched", "mismatched")]
+        if split == "dev" and not all((place / file).exists() for _, file in files):
+            return []  # or the metrics of one would pass for those of the other
         files += [("AX", "../diagnostic/diagnostic.tsv")] * (split == "test")
     elif name == "mrpc" and not (place / "train.tsv").exists():
-        # Microsoft's own files. GLUE's dev set is a part of their training set, listed in dev_ids.tsv;
-        # without that list, their test set, which has its labels, serves as dev set.
+        # Microsoft's own files. GLUE's dev set is a part of their training set, listed in dev_ids.tsv.
+        # DIFFERS: without that list their test set, which has its labels, serves as dev set.
         own_dev = split != "dev" or (place / "dev_ids.tsv").exists()
         files = [("", f"msr_paraphrase_{'train' if split != 'test' and own_dev else 'test'}.txt")]
     else:
@@ -236,7 +244,7 @@ def read_examples(name: str, place: Path, split: str, skip_bad_rows: bool = Fals
 
     Raises: ValueError naming file and row where one is malformed, its label is not one of the task's, or the
     columns are another task's. `skip_bad_rows` leaves such rows out and says how many: some official files
-    (QQP's) are known to have a few.
+    (QQP's) are known to have a few. A test set must be whole to be handed in.
     """
     if name.startswith("squad"):
         rows, parse = squad_rows, functools.partial(squad_example, name, split)
@@ -246,6 +254,8 @@ def read_examples(name: str, place: Path, split: str, skip_bad_rows: bool = Fals
         rows, parse = functools.partial(tsv_rows, name, split), functools.partial(glue_example, name, split)
     examples = []
     for part, path in split_files(name, place, split):
+        if split == "dev" and path.name == "msr_paraphrase_test.txt":
+            say(f"{path} serves as dev set, as there is no dev_ids.tsv to say which examples are GLUE's")
         bad, before = [], len(examples)
         for where, row in rows(path):
             try:
@@ -255,9 +265,9 @@ def read_examples(name: str, place: Path, split: str, skip_bad_rows: bool = Fals
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
                 bad.append(f"{path}: {where}: {reason}")
-                if not skip_bad_rows:
-                    raise ValueError(f"{bad[0]}; mend or remove it, or leave such rows out with "
-                                     "--skip-bad-rows") from None
+                if not skip_bad_rows or split == "test":
+                    way_out = "" if split == "test" else ", or leave such rows out with --skip-bad-rows"
+                    raise ValueError(f"{bad[0]}; mend or remove it{way_out}") from None
         if bad:
             say(f"left out {len(bad)} malformed rows, the first: {bad[0]}")
         if len(examples) == before:
@@ -272,8 +282,8 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start} ({error.reason})") from None
 
 
-def tsv_rows(name: str, split: str, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields (line, row by column) of a GLUE file. Quotation marks are text, there is no quoting."""
+def tsv_rows(name: str, split: str, path: Path) -> Iterator[tuple[str, tuple]]:
+    """Yields (line, (row by column, columns, cells)) of a GLUE file. Quotation marks are text."""
     lines = read_text(path).split("\n")  # and at no other character that splitlines() takes for a line end
     lines = [line.removesuffix("\r").split("\t") for line in lines]
     headless = name == "cola" and split != "test"
@@ -283,27 +293,23 @@ def tsv_rows(name: str, split: str, path: Path) -> Iterator[tuple[str, dict[str,
         missing = ", ".join(sorted(needed - set(columns)))
         raise ValueError(f"{path}: line 1: no column {missing}, only {', '.join(columns)[:200]!r}: "
                          f"is this {name}'s file?")
-    kept = dev_ids(path.parent) if name == "mrpc" and path.name == "msr_paraphrase_train.txt" else None
     while lines and lines[-1] == [""]:
         lines.pop()
+    ids = path.parent / "dev_ids.tsv"
+    if path.name != "msr_paraphrase_train.txt" or not ids.exists():
+        ids = None
+    dev_ids = {tuple(line.split()[:2]) for line in read_text(ids).splitlines()} if ids else set()
     for number, cells in enumerate(lines):
         row = {"index": str(number)} | dict(zip(columns, cells))
-        if len(cells) != len(columns):
-            row = {"": f"{len(cells)} columns, but {name} has {len(columns)} ({', '.join(columns)[:100]})"}
-        if kept is None or ((row.get("#1 ID"), row.get("#2 ID")) in kept) == (split == "dev"):
-            yield f"line {number + 2 - headless}", row
+        if ids and ((row.get("#1 ID"), row.get("#2 ID")) in dev_ids) != (split == "dev"):
+            continue  # the list has GLUE's dev set, the rest of the file is its training set
+        yield f"line {number + 2 - headless}", (row, columns, cells)
 
 
-def dev_ids(place: Path) -> set[tuple[str, str]] | None:
-    """Returns the pairs of msr_paraphrase_train.txt that are GLUE's dev set, None where no list says so."""
-    path = place / "dev_ids.tsv"
-    return {tuple(line.split()[:2]) for line in read_text(path).splitlines()} if path.exists() else None
-
-
-def glue_example(name: str, split: str, part: str, row: dict[str, str]) -> list[Example]:
-    if "" in row:
-        raise ValueError(row[""])
-    task, label = TASKS[name], None
+def glue_example(name: str, split: str, part: str, parsed: tuple) -> list[Example]:
+    task, label, (row, columns, cells) = TASKS[name], None, parsed
+    if len(cells) != len(columns):
+        raise ValueError(f"{len(cells)} columns, but {name} has {len(columns)} ({', '.join(columns)[:100]})")
     if split != "test":
         written = row[task.label]
         if not task.labels:
@@ -329,7 +335,7 @@ def squad_rows(path: Path) -> Iterator[tuple[str, tuple]]:
             raise ValueError(f"{path}: article {i}: paragraphs with context and qas expected, "
                              f"{type(error).__name__} {error}") from None
         for passage, question in pairs:
-            name = question.get("id") if isinstance(question, dict) else question
+            name = str(question.get("id") if isinstance(question, dict) else question)[:100]
             if name in seen:
                 raise ValueError(f"{path}: two questions have the id {name}")
             seen.add(name)
@@ -340,6 +346,8 @@ def squad_example(name: str, split: str, part: str, row: tuple) -> list[Example]
     passage, entry = row
     if not all(isinstance(text, str) for text in (passage, entry["id"], entry["question"])):
         raise ValueError("context, id and question must be texts")
+    if split == "test" and "answers" not in entry:
+        return [Example(entry["id"], part, (entry["question"], passage), None)]
     answers = tuple((int(a["answer_start"]), str(a["text"])) for a in entry["answers"])
     if name == "squad1" and not answers:
         raise ValueError("no answer, which in v1.1 every question has; is this v2.0, --task squad2?")
@@ -385,7 +393,7 @@ class Features:
     passage: np.ndarray  # (S, 2) which of its tokens are the passage's (SQuAD)
     offsets: np.ndarray  # (len(ids), 2) the passage's characters that a token is made of (SQuAD)
     labelled: np.ndarray  # () whether the targets are known
-    notes: np.ndarray  # () what there is to say about them
+    notes: np.ndarray  # () what there is to say about them: a line, and a line for each oddity
 
     @property
     def lengths(self) -> np.ndarray:
@@ -425,7 +433,7 @@ def join(first: np.ndarray, second: np.ndarray | None, seq_len: int) -> np.ndarr
     return np.concatenate([[BOS], first, [EOS, EOS], second, [EOS]])
 
 
-def answer_tokens(offsets: np.ndarray, begin: int, end: int) -> tuple[int, int]:
+def tokens_of_answer(offsets: np.ndarray, begin: int, end: int) -> tuple[int, int]:
     """Returns the first and the last token that hold some of a passage's characters begin to end."""
     first = int(np.searchsorted(offsets[:, 1], begin, side="right"))
     return first, max(first, int(np.searchsorted(offsets[:, 0], end, side="left")) - 1)
@@ -475,8 +483,7 @@ class LengthBuckets:
     """The order of the training examples: `step(n)` is a pure function of (seed, n, rank).
 
     An epoch is shuffled; each POOL batches are sorted by length, so that those of similar length are
-    neighbours and little is padded; then the batches are shuffled. All batches but for one example are
-    equally large.
+    neighbours and little is padded; then the batches are shuffled. Their sizes differ by at most one.
     """
 
     POOL = 50
@@ -490,7 +497,7 @@ class LengthBuckets:
         self.num_micro_batches = batch_size // (micro_batch_size * world_size)
         self.begins = features.group_begins
         self.steps_per_epoch = -(-(len(self.begins) - 1) // batch_size)
-        self._order = functools.lru_cache(1)(self._order)
+        self._order = functools.lru_cache(1)(self._order)  # asked for at every step of an epoch
 
     def _order(self, epoch: int) -> list[np.ndarray]:
         """Returns the groups of each step of an epoch."""
@@ -502,7 +509,7 @@ class LengthBuckets:
             part = slice(cuts[pool], cuts[min(pool + self.POOL, steps)])
             order[part] = order[part][np.argsort(longest[order[part]], kind="stable")]
         batches = np.split(order, cuts[1:-1])
-        return [batches[i] for i in permute(np.arange(steps), steps, self.seed + 1, epoch)]
+        return [batches[i] for i in permute(np.arange(steps), steps, self.seed + 2**63, epoch)]
 
     def step(self, step: int) -> Step:
         """Returns this rank's micro-batches of a step."""
@@ -586,7 +593,7 @@ def squad_exact(gold: str, predicted: str) -> float:
 
 
 def squad_f1(gold: str, predicted: str, empty_matches: bool) -> float:
-    """Returns the F1 of the words of two answers. Where one has none: v2.0 calls two such equal, v1.1 no."""
+    """Returns the F1 of the words of two answers. If both are empty, v2.0 scores 1 and v1.1 scores 0."""
     gold, predicted = normalize_answer(gold).split(), normalize_answer(predicted).split()
     if not gold or not predicted:
         return float(empty_matches and gold == predicted)
@@ -606,7 +613,7 @@ def squad2_metrics(
     """Returns what the official v2.0 script prints, in per cent: EM and F1 of all, of answerable and of
     unanswerable questions, and with `na_probs` the best of them over all thresholds of that probability.
 
-    golds: by question the gold answers, none: unanswerable. An answer of articles and punctuation is none.
+    golds: by question the gold answers, none: unanswerable. One that normalises to nothing is ignored.
     """
     answered = {id: bool(texts) for id, texts in golds.items()}
     golds = {id: [g for g in texts if normalize_answer(g)] or [""] for id, texts in golds.items()}
@@ -690,7 +697,7 @@ class Head:
 
 
 class Classification(Head):
-    """A label for a text or a pair, or where the task has none, a value (§5.1)."""
+    """A label for a text or a pair (§5.1), or for STS-B a value. CHOICE: from 0 to 5, as in the file."""
 
     model_class = RobertaForSequenceClassification
 
@@ -732,8 +739,9 @@ class Classification(Head):
         for number, part in enumerate(dict.fromkeys(example.part for example in examples)):
             mine = [i for i, example in enumerate(examples) if example.part == part]
             labels, chosen = [examples[i].label for i in mine], [predictions[i] for i in mine]
-            for name in functions.keys() & self.task.paper.keys():
-                result[name if number == 0 else f"{name}_{part}"] = functions[name](labels, chosen)
+            for name in self.task.paper:
+                if name in functions:
+                    result[name if number == 0 else f"{name}_{part}"] = functions[name](labels, chosen)
         return result
 
     def majority(self, examples: Sequence[Example]) -> Any:
@@ -755,7 +763,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-class Choice(Head):
+class MultipleChoice(Head):
     """The right one of four candidates, each encoded with question and passage (§5.3, RACE)."""
 
     model_class = RobertaForMultipleChoice
@@ -773,11 +781,11 @@ class Choice(Head):
         inputs, cut = [], 0
         for passage, question, *answers in (example.texts for example in examples):
             for answer in answers:
-                filled = re.sub("_+", lambda _, answer=answer: answer, question)
-                filled = filled if "_" in question else f"{question} {answer}"
-                first, second = encode(" ".join(filled.split()))[:128], encode(passage.strip())
-                cut += len(first) + len(second) + 4 > seq_len
-                first = first[: seq_len - 4]
+                pieces = re.split("_+", question)
+                filled = answer.join(pieces) if len(pieces) > 1 else f"{question} {answer}"
+                first, second = encode(" ".join(filled.split())), encode(passage.strip())
+                cut += len(first) > 128 or len(first) + len(second) + 4 > seq_len
+                first = first[: min(128, seq_len - 4)]
                 inputs.append(join(first, second[: seq_len - 4 - len(first)], seq_len))
         right = [example.label == i for example in examples for i in range(4)]
         place = np.repeat(np.arange(len(examples)), 4)
@@ -819,23 +827,25 @@ class Choice(Head):
 def choice_loss(scores: Tensor, group: Tensor, right: Tensor) -> Tensor:
     """Returns the summed cross-entropy of picking a right candidate in each group. scores, ...: (S,)."""
     groups = torch.arange(int(group[-1]) + 1, device=scores.device)[:, None]
-    every = scores.masked_fill(group != groups, -math.inf).logsumexp(1)  # (G, S) -> (G,)
-    return (every - scores.masked_fill((group != groups) | ~right, -math.inf).logsumexp(1)).sum()
+    other = group != groups  # (G, S)
+    every = scores.masked_fill(other, -math.inf).logsumexp(1)  # (G, S) -> (G,)
+    return (every - scores.masked_fill(other | ~right, -math.inf).logsumexp(1)).sum()
 
 
 def margin_loss(scores: Tensor, group: Tensor, right: Tensor, margin: float = 1.0) -> Tensor:
     """Returns how much of the margin is missing, summed over all right and wrong candidates of a group."""
-    pairs = (group[:, None] == group) & right[:, None] & ~right  # (S, S): right one, wrong one
+    pairs = (group[:, None] == group) & right[:, None] & ~right  # (S, S): [right one, wrong one]
     return (F.relu(margin - scores[:, None] + scores) * pairs).sum()
 
 
 class Ranking(Classification):
     """QNLI and WNLI as the paper's test-set treatment has them (§5.1): rows that share their question (QNLI)
-    or premise (WNLI) are candidates, one of which is right: QNLI by cross-entropy, WNLI by a margin.
+    or premise (WNLI) are candidates and compete, in QNLI by cross-entropy, in WNLI by a margin.
 
     DIFFERS: the paper mines further candidates, for WNLI noun phrases found with spaCy. Here the rows of the
     files are the candidates. CHOICE: "none of them", with score 0, is one more; it is the right one where no
-    other is, so that rows without company teach as well. Such a row is right where it beats "none".
+    other is, so that rows alone in their group teach as well. Such a row is right where it beats "none"; of
+    several the best is right, as in the paper, though a few groups of the files have none or two.
     """
 
     def __init__(self, config: FinetuneConfig):
@@ -860,10 +870,11 @@ class Ranking(Classification):
     def loss(self, scores: Tensor, batch: Batch) -> Tensor:
         device = scores.device
         group, right = to_tensor(batch.group, device), to_tensor(batch.targets[:, 0] > 0, device)
-        size = int(batch.group[-1]) + 1
-        none_right = torch.ones(size, dtype=torch.bool, device=device).index_fill(0, group[right], False)
-        scores = torch.cat([scores[:, 0].float(), torch.zeros(size, device=device)])
-        group, right = torch.cat([group, torch.arange(size, device=device)]), torch.cat([right, none_right])
+        groups = torch.arange(int(batch.group[-1]) + 1, device=device)
+        none_right = ~torch.isin(groups, group[right])
+        # "None of them" is appended once for each group: (S,) -> (S + G,)
+        scores = torch.cat([scores[:, 0].float(), torch.zeros(len(groups), device=device)])
+        group, right = torch.cat([group, groups]), torch.cat([right, none_right])
         return (choice_loss if self.config.task == "qnli" else margin_loss)(scores, group, right)
 
     def probabilities(self, scores: np.ndarray, features: Features) -> np.ndarray:
@@ -885,9 +896,11 @@ class Ranking(Classification):
 class Spans(Head):
     """Where in the passage the answer is (§5.2); for v2.0 also whether there is one, losses summed (§3).
 
-    A long passage is read in overlapping windows. The softmax over places is of the passage's tokens and of
-    `<s>`, which stands for "not in this window". So windows compare: what is left for the passage is small
-    where the answer is elsewhere.
+    A long passage is read in overlapping windows, <s> question </s></s> window </s>.
+    CHOICE: the softmax over places is of the window's tokens and of `<s>`, to which a window without the
+    answer is to give its probability; so windows compare. The span loss is the mean of start's and end's.
+    CHOICE: the classifier is trained on windows. A question is answerable if its best window is, with more
+    than one half; the answer is the best span of all its windows.
     """
 
     model_class = RobertaForQuestionAnswering
@@ -898,27 +911,28 @@ class Spans(Head):
     def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int) -> Features:
         """Returns the windows; targets: first and last token of the answer, and whether it is there, or 0s.
 
-        CHOICE: of several gold answers the first one teaches. One whose offset does not match its text, and a
-        window that holds only a part of it, teach that there is no answer there.
+        CHOICE: of several gold answers the first one at its offset teaches. A window without the whole of it
+        is trained as having none.
         """
         encode = functools.lru_cache(64)(tokenizer.encode_with_offsets)  # a passage has several questions
         inputs, example_of, targets, passages, all_offsets = [], [], [], [], []
         wrong, inside, number = [], [], 0
         for place, example in enumerate(examples):
             question = tokenizer.encode_to_numpy(example.texts[0].strip())
-            question = question[: min(self.config.question_tokens, seq_len // 2)]
-            ids, offsets = encode(example.texts[1])
-            gold = None
+            question = question[: min(self.config.max_question_tokens, seq_len // 2)]
+            passage, gold = example.texts[1], None
+            ids, offsets = encode(passage)
             for begin, text in example.label or ():
                 number += 1
-                if not text or example.texts[1][begin : begin + len(text)] != text:
-                    wrong.append(example.id)
+                if not text or begin < 0 or passage[begin : begin + len(text)] != text:
+                    wrong.append(f"not at its offset: {text!r} in {example.id}")
                     continue
-                span = answer_tokens(offsets, begin, begin + len(text))
+                span = tokens_of_answer(offsets, begin, begin + len(text))
                 gold = gold or span
-                if answer_text(example.texts[1], offsets, *span) != text:
-                    inside.append(f"{text!r} in {example.id}")
-            at, room = len(question) + 3, seq_len - len(question) - 4
+                if answer_text(passage, offsets, *span) != text:
+                    inside.append(f"begins or ends inside a token: {text!r} in {example.id}")
+            at = len(question) + 3  # where the window begins in the input
+            room = seq_len - at - 1
             stride = min(self.config.doc_stride, max(1, room // 2))  # short windows must overlap, too
             for begin in range(0, max(0, len(ids) - room) + stride, stride):
                 end = min(begin + room, len(ids))
@@ -928,17 +942,14 @@ class Spans(Head):
                 all_offsets.append(np.pad(offsets[begin:end], ((at, 1), (0, 0))))
                 passages.append([at, at + end - begin])
                 example_of.append(place)
-        notes = []
-        if wrong:
-            notes.append(f"{len(wrong)} of {number} gold answers are not at their offset, for example that "
-                         f"of {wrong[0]}: left out")
-        if inside:
-            notes.append(f"{len(inside)} of {number} gold answers begin or end inside a token, for example "
-                         f"{inside[0]}: no span is exactly them")
-        notes.append(f"{len(inputs)} windows of up to {seq_len} tokens for {len(examples)} questions")
+        notes = f"{len(inputs)} windows of up to {seq_len} tokens"
+        if wrong or inside:
+            notes += (f"; of {number} gold answers {len(wrong)} are not at their offset and left out, "
+                      f"{len(inside)} begin or end inside a token: no span is exactly them")
+        notes = "\n".join([notes, *wrong, *inside])
         place = np.arange(len(inputs))
         return Features.of(inputs, example_of, place, targets, examples[0].label is not None,
-                           "; ".join(notes), passages, all_offsets)
+                           notes, passages, all_offsets)
 
     def forward(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         """Returns (S, 2 T + 1): start scores, end scores, the answerability score (v1.1: 0)."""
@@ -971,45 +982,48 @@ class Spans(Head):
         return np.concatenate([softmax(start), softmax(end), 1 / (1 + np.exp(-scores[:, -1:]))], axis=1)
 
     def predictions(self, probabilities: np.ndarray, features: Features, examples: Sequence[Example]) -> list:
-        """Returns (answer, probability that there is none) of each question, over all its windows.
-
-        The answer is "" where the question is classed unanswerable (§3), else a part of the passage.
-        """
-        width, longest = probabilities.shape[1] // 2, self.config.answer_tokens
-        best = [("", -1.0, 1.0)] * len(examples)  # answer, its probability, that of no answer
+        """Returns (span, probability that there is no answer) of each question, over all its windows."""
+        width, longest = probabilities.shape[1] // 2, self.config.max_answer_tokens
+        spans, surest = [""] * len(examples), [-1.0] * len(examples)
+        none = [0.0 if self.config.task == "squad1" else 1.0] * len(examples)
         for i, (place, (begin, end)) in enumerate(zip(features.example, features.passage)):
-            answer, probability, none = best[place]
-            none = min(none, 1 - float(probabilities[i, -1]))
-            if end > begin:
-                ends = np.pad(probabilities[i, width + begin : width + end], (0, longest - 1))
-                ends = np.lib.stride_tricks.sliding_window_view(ends, longest)  # (starts, tokens more)
-                spans = probabilities[i, begin:end, None] * ends
-                first, more = divmod(int(spans.argmax()), longest)
-                if spans[first, more] > probability:
-                    probability, first = float(spans[first, more]), features.bounds[i] + begin + first
-                    answer = answer_text(examples[place].texts[1], features.offsets, first, first + more)
-            best[place] = answer, probability, none
-        if self.config.task == "squad1":
-            return [(answer, 0.0) for answer, _, _ in best]
-        return [("" if none > 0.5 else answer, none) for answer, _, none in best]
+            none[place] = min(none[place], 1 - float(probabilities[i, -1]))
+            if begin == end:
+                continue
+            start = probabilities[i, begin:end, None]  # (tokens of the window, 1)
+            ends = np.pad(probabilities[i, width + begin : width + end], (0, longest - 1))
+            ends = np.lib.stride_tricks.sliding_window_view(ends, longest)  # (tokens, how many more)
+            first, more = divmod(int((start * ends).argmax()), longest)
+            if (sure := float(start[first, 0] * ends[first, more])) > surest[place]:
+                first += features.bounds[i] + begin
+                surest[place] = sure
+                spans[place] = answer_text(examples[place].texts[1], features.offsets, first, first + more)
+        return list(zip(spans, none))
+
+    def answers(self, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
+        """Returns what is answered: the span, or "" where the question is classed unanswerable (§3)."""
+        return {e.id: "" if none > 0.5 else span for e, (span, none) in zip(examples, predictions)}
 
     def metrics(self, predictions: list, examples: Sequence[Example]) -> dict[str, float]:
         golds = {example.id: [text for _, text in example.label] for example in examples}
-        answers = {example.id: answer for example, (answer, _) in zip(examples, predictions)}
+        answers = self.answers(predictions, examples)
         if self.config.task == "squad1":
             return squad1_metrics(golds, answers)
-        return squad2_metrics(golds, answers, {e.id: none for e, (_, none) in zip(examples, predictions)})
+        spans = {example.id: span for example, (span, _) in zip(examples, predictions)}
+        none = {example.id: probability for example, (_, probability) in zip(examples, predictions)}
+        # The best threshold may be above one half: it is looked for among the spans, answered or not.
+        return squad2_metrics(golds, spans, none) | squad2_metrics(golds, answers)
 
     def majority(self, examples: Sequence[Example]) -> Any:
         return "", 1.0  # no answer
 
     def files(self, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
-        """Returns the files that the official scripts read; these print the metrics of results.json."""
-        answers = {example.id: answer for example, (answer, _) in zip(examples, predictions)}
-        none = {example.id: probability for example, (_, probability) in zip(examples, predictions)}
-        files = {"predictions.json": answers}
+        """Returns the files that the official scripts read. These print the metrics of results.json: for
+        predictions.json, and (the best over thresholds) for spans.json with na_prob.json."""
+        files = {"predictions.json": self.answers(predictions, examples)}
         if self.config.task == "squad2":
-            files["na_prob.json"] = none
+            files["spans.json"] = {e.id: span for e, (span, _) in zip(examples, predictions)}
+            files["na_prob.json"] = {e.id: none for e, (_, none) in zip(examples, predictions)}
         return {name: json.dumps(content, ensure_ascii=False) + "\n" for name, content in files.items()}
 
 
@@ -1017,33 +1031,30 @@ def head_of(config: FinetuneConfig) -> Head:
     """Returns what a task does with the encoder."""
     if config.ranking:
         return Ranking(config)
-    kinds = {"squad1": Spans, "squad2": Spans, "race": Choice}
+    kinds = {"squad1": Spans, "squad2": Spans, "race": MultipleChoice}
     return kinds.get(config.task, Classification)(config)
-
-
-EVAL_INPUTS = 64  # a forward pass outside training
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, head: Head, features: Features, setup: Setup
+    model: nn.Module, head: Head, features: Features, setup: Setup, groups_at_once: int = 32
 ) -> tuple[np.ndarray, float]:
-    """Returns what the model gives all inputs (`head.probabilities`), and the mean loss of the groups.
+    """Returns the probabilities of all inputs (`head.probabilities`), and the mean loss of the groups.
 
-    All ranks share the work. The longest inputs come first: memory that does not suffice shows at once.
+    All ranks share the work. The longest inputs come first, so that running out of memory happens at once.
     """
     begins = features.group_begins
     order = np.argsort(-np.maximum.reduceat(features.lengths, begins[:-1]), kind="stable")
-    parts = np.array_split(order, -(-len(features.group) // EVAL_INPUTS))[setup.rank :: setup.world_size]
+    parts = np.split(order, range(groups_at_once, len(order), groups_at_once))
     width = int(features.lengths.max())
     scores, loss = torch.zeros(len(features.group), head.columns(width)), torch.zeros(1, dtype=torch.float64)
     with evaluating(model):
-        for groups in parts:
+        for groups in parts[setup.rank :: setup.world_size]:
             batch = collate(features, begins, groups)
             with setup.autocast():
                 found = head.forward(model, batch, setup.device)
-                loss += head.loss(found, batch).cpu() * batch.weight
-            scores[batch.inputs] = head.widen(found, width).float().cpu() * batch.weight
+                loss += head.loss(found, batch).cpu()
+            scores[batch.inputs] = head.widen(found, width).float().cpu()
     loss = float(setup.sum(loss)) / len(order) if features.labelled else math.nan
     return head.probabilities(setup.sum(scores).double().numpy(), features), loss
 
@@ -1056,6 +1067,7 @@ def predict(
 class Split(NamedTuple):
     examples: list[Example]
     features: Features
+    digest: str  # of the examples
 
 
 def load_split(config: FinetuneConfig, split: str, tokenizer: Tokenizer, cache: Path, setup: Setup) -> Split:
@@ -1066,9 +1078,10 @@ def load_split(config: FinetuneConfig, split: str, tokenizer: Tokenizer, cache: 
     place = find_task(config.task, config.data)
     examples = read_examples(config.task, place, split, config.skip_bad_rows)
     head = head_of(config)
-    settings = [config.task, config.ranking, config.seq_len, config.doc_stride, config.question_tokens,
+    settings = [config.task, config.ranking, config.seq_len, config.doc_stride, config.max_question_tokens,
                 tokenizer.fingerprint, FEATURES_VERSION]
-    key = hashlib.sha256(repr((settings, examples)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    digest = hashlib.sha256(repr(examples).encode()).hexdigest()
+    key = hashlib.sha256(repr((settings, digest)).encode()).hexdigest()[:16]
     path = cache / f"{config.task}-{split}-{key}.npz"
     if setup.rank > 0:
         dist.barrier()  # rank 0 writes it
@@ -1079,11 +1092,13 @@ def load_split(config: FinetuneConfig, split: str, tokenizer: Tokenizer, cache: 
         np.savez(buffer, **vars(features))
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
+        write_atomically(path.with_suffix(".txt"), f"{features.notes}\n".encode())
     if setup.rank == 0 and setup.world_size > 1:
         dist.barrier()
-    notes = f"; {features.notes}" if str(features.notes) else ""
-    say(f"{config.task} {split}: {len(examples):,} examples from {place}{notes}", setup.rank)
-    return Split(examples, features)
+    first, *more = str(features.notes).split("\n")
+    say(f"{config.task} {split}: {len(examples):,} examples from {place}" + f"; {first}" * bool(first) +
+        f"; each is named in {path.with_suffix('.txt')}" * bool(more), setup.rank)
+    return Split(examples, features, digest)
 
 
 FEATURES_VERSION = 1  # to be raised when an `encode` changes: caches of before are then no longer found
@@ -1107,10 +1122,10 @@ def model_shape(config: FinetuneConfig, head: Head) -> Any:
 
 
 def build_model(config: FinetuneConfig, head: Head, setup: Setup) -> RobertaModelBase:
-    """Returns the model to fine-tune: a pretrained encoder and a head that is random by the seed.
+    """Returns the model to fine-tune: a pretrained encoder and a head initialised from the seed.
 
-    A head of the same kind for the same labels is kept. So an MNLI run gives RTE, STS-B and MRPC its encoder
-    (§5.1), and another MNLI run all it has. --scratch: all is random.
+    A head of the same kind for the same labels, as the files spell them, is kept: an MNLI run gives RTE,
+    STS-B and MRPC only its encoder (§5.1), another run on MNLI all it has. --scratch: everything is random.
     """
     shape, source = model_shape(config, head), find_model(config.model)
     torch.manual_seed(config.seed)
@@ -1152,7 +1167,8 @@ class Finetuning(Run):
         return [step.num_groups]
 
     def measure(self) -> dict[str, float]:
-        probabilities, loss = predict(self.model, self.head, self.dev.features, self.setup)
+        size = micro_batch_size(self.config, self.setup.world_size)
+        probabilities, loss = predict(self.model, self.head, self.dev.features, self.setup, size)
         predictions = self.head.predictions(probabilities, self.dev.features, self.dev.examples)
         return {"eval_loss": loss} | self.head.metrics(predictions, self.dev.examples)
 
@@ -1167,7 +1183,7 @@ class Finetuning(Run):
         result = super().evaluate()
         without = 0 if self._improved() else self.state["epochs_without_gain"] + 1
         self.state["epochs_without_gain"] = without
-        if without == 0 or not self.state["best"]:
+        if without == 0 or self.state["best_step"] < 0:  # a metric may be NaN in all epochs
             self.state["best"] = result
         return result
 
@@ -1179,7 +1195,7 @@ class Finetuning(Run):
         plot_log(self.out, f"{self.config.task}, seed {self.config.seed}", "loss")
 
     def finish(self) -> dict[str, Any]:
-        """Has `checkpoint` lead to the best model, removes what only training needs, writes results.json."""
+        """Points `checkpoint` at the best model, deletes what only training needs, writes results.json."""
         config, state = self.config, self.state
         best_step = state["best_step"] if state["best_step"] > 0 else self.step
         metrics = {name: value for name, value in state["best"].items() if name != "eval_loss"}
@@ -1195,22 +1211,27 @@ class Finetuning(Run):
         }
         results = without_nan(results)
         if self.setup.rank == 0:
-            point_to(self.out / f"checkpoint-{best_step}")
-            write_atomically(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-            for step, path in checkpoints(self.out):
-                if step != best_step:
+            # Killed at any point here, the next start trains the epochs behind the best one again, or finds
+            # results.json, which says that the rest is no longer needed.
+            best = self.out / f"checkpoint-{best_step}"
+            point_to(best)
+            for _, path in checkpoints(self.out):
+                if path != best:
                     remove_checkpoint(path)
-            path = self.out / "checkpoint"
-            sums = {name: digest for name, digest in read_json(path / "checksums.json").items()
-                    if name != "training.pt"}
-            write_atomically(path / "checksums.json", json.dumps(sums, indent=1).encode())
-            (path / "training.pt").unlink(missing_ok=True)
+            write_json(self.out / "results.json", results)
+            digests = read_json(best / "checksums.json")
+            write_json(best / "checksums.json", {n: d for n, d in digests.items() if n != "training.pt"})
+            (best / "training.pt").unlink(missing_ok=True)
         return results
 
 
 def majority_metrics(head: Head, train: Sequence[Example], dev: Sequence[Example]) -> dict[str, float]:
     """Returns the metrics of one and the same answer for all of dev, the one that is best for train."""
     return head.metrics([head.majority(train)] * len(dev), dev)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(without_nan(value), indent=1) + "\n").encode())
 
 
 def without_nan(value: Any) -> Any:
@@ -1224,9 +1245,9 @@ def run_once(config: FinetuneConfig, setup: Setup, head: Head, tokenizer: Tokeni
              dev: Split) -> dict[str, Any]:
     """Runs, or goes on with, one run; returns what results.json holds. A finished one is not repeated."""
     out = Path(config.out)
-    digest = hashlib.sha256(repr((train.examples, dev.examples)).encode("utf-8", "surrogatepass")).hexdigest()
     weights = "random" if config.scratch else weights_of(config.model)
-    data = {"tokenizer": tokenizer.fingerprint, "examples": digest, "pretrained weights": weights}
+    data = {"tokenizer": tokenizer.fingerprint, "training examples": train.digest,
+            "dev examples": dev.digest, "pretrained weights": weights}
     described = {"flags": asdict(config), "model": asdict(model_shape(config, head)), "data": data}
     claim_directory(out, described, FREE_TO_CHANGE, setup.rank)
     if (out / "results.json").exists():
@@ -1273,6 +1294,13 @@ def settings_of(config: FinetuneConfig) -> list[FinetuneConfig]:
 def finetune(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
     """Does what one command asks for one task, and returns what its results.json holds."""
     head, out = head_of(config), Path(config.out)
+    several = bool(config.ensemble) or len(settings_of(config)) > 1
+    if several and (out / "run.json").exists():
+        raise ValueError(f"{out} holds a single run; choose another --out")
+    if (out / "results.json").exists() and not (out / "run.json").exists():
+        kind = "ensemble" if "ensemble" in read_json(out / "results.json") else "sweep"
+        if not several or kind != ("ensemble" if config.ensemble else "sweep"):
+            raise ValueError(f"{out} holds the results of other runs ({kind}); choose another --out")
     if config.ensemble:
         return ensemble(config, setup)
     most = model_shape(config, head).max_tokens
@@ -1282,13 +1310,18 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
     runs = settings_of(config)
     for run in runs:
         check(run)
-    if len(runs) > 1 and (out / "run.json").exists():
-        raise ValueError(f"{out} holds a single run; choose another --out for several")
-    if len(runs) == 1 and (out / "results.json").exists() and not (out / "run.json").exists():
-        raise ValueError(f"{out} holds the results of several runs; choose another --out for a single one")
     tokenizer = Tokenizer.from_pretrained(find_model(config.model))
     train, dev = (load_split(config, split, tokenizer, out / "features", setup) for split in ("train", "dev"))
-    results = [run_once(run, setup, head, tokenizer, train, dev) for run in runs]
+    results = []
+    for run in runs:
+        try:
+            results.append(run_once(run, setup, head, tokenizer, train, dev))
+        except FloatingPointError as error:  # of several runs one may diverge, of which the table will tell
+            if len(runs) == 1:
+                raise
+            say(f"{run.out}: {error}", setup.rank)
+            results.append({"task": run.task, "metrics": {}, "run": Path(run.out).name, "error": str(error),
+                            "batch_size": run.batch_size, "peak_lr": run.peak_lr, "seed": run.seed})
     summary = summarize(results) if len(runs) > 1 else results[0]
     if len(runs) > 1:
         write_results(out, summary, setup)
@@ -1311,9 +1344,12 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         settings.setdefault((result["batch_size"], result["peak_lr"]), []).append(result)
     medians = {setting: statistics.median(map(primary, runs)) for setting, runs in settings.items()}
     chosen = max(medians, key=medians.get)
-    by_name = {name: [run["metrics"][name] for run in settings[chosen] if run["metrics"][name] is not None]
-               for name in results[0]["metrics"]}
-    first = settings[chosen][0]
+    finished = [run for run in settings[chosen] if run["metrics"]]
+    if not finished:
+        raise FloatingPointError("all runs diverged; try a lower --peak-lr or --sweep-lrs")
+    first = finished[0]
+    by_name = {name: [run["metrics"][name] for run in finished if run["metrics"][name] is not None]
+               for name in first["metrics"]}
     return {
         "task": first["task"], "metrics": {n: statistics.median(v) for n, v in by_name.items() if v},
         "spread": {n: [min(v), max(v)] for n, v in by_name.items() if v}, "seeds": len(settings[chosen]),
@@ -1327,7 +1363,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(summaries: Iterable[dict[str, Any]]) -> str:
     """Returns results beside the paper's as a Markdown table: in per cent, with the range over seeds."""
-    columns = ["task", "metric", "here", "always the same answer", "BASE", "LARGE", "seeds", "setting"]
+    columns = ["task", "metric", "here", "majority", "paper BASE", "paper LARGE", "runs", "setting"]
     rows = [columns, ["---"] * len(columns)]
     for summary in summaries:
         task = summary["task"]
@@ -1336,10 +1372,11 @@ def table(summaries: Iterable[dict[str, Any]]) -> str:
         for name, paper in TASKS[task].paper.items():
             value, same = (summary[key].get(name) for key in ("metrics", "majority"))
             low_high = summary.get("spread", {}).get(name, [])
-            value, same, *low_high = (v and v * percent for v in (value, same, *low_high))
+            value, same, *low_high = (None if v is None else v * percent for v in (value, same, *low_high))
             here, *others = ("–" if v is None else f"{v:.1f}" for v in (value, same, *paper))
             here += " ({:.1f} to {:.1f})".format(*low_high) if low_high else ""
-            rows.append([task, name, here, *others, str(summary.get("seeds", 1)), run])
+            runs = summary.get("seeds", len(summary.get("ensemble", "1")))
+            rows.append([task, name, here, *others, str(runs), run])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -1347,7 +1384,7 @@ def write_results(out: Path, results: dict[str, Any], setup: Setup) -> None:
     """Writes results.json and, as a table, results.md."""
     if setup.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "results.json", (json.dumps(without_nan(results), indent=1) + "\n").encode())
+        write_json(out / "results.json", results)
         write_atomically(out / "results.md", table(results.get("tasks", {"": results}).values()).encode())
 
 
@@ -1360,12 +1397,12 @@ def average(
         flags = read_json(Path(path) / "run.json")["flags"]
         if flags.get("task") != config.task:
             raise ValueError(f"{path} is a run of {flags.get('task')}, not of {config.task}")
-        names = ("seq_len", "ranking", "doc_stride", "question_tokens", "skip_bad_rows")
+        names = ("seq_len", "ranking", "doc_stride", "max_question_tokens", "skip_bad_rows")
         own = replace(config, **{name: flags[name] for name in names})
         head, tokenizer = head_of(own), Tokenizer.from_pretrained(find_model(path))
         found = load_split(own, split, tokenizer, Path(config.out) / "features", setup)
         model = head.model_class.from_pretrained(find_model(path)).to(setup.device)
-        probabilities, _ = predict(model, head, found.features, setup)
+        probabilities, _ = predict(model, head, found.features, setup, config.micro_batch_size or 32)
         first = first or (head, found)
         if type(head) is not type(first[0]) or (
             isinstance(head, Spans) and not np.array_equal(found.features.ids, first[1].features.ids)
@@ -1381,6 +1418,10 @@ def write_predictions(runs: Sequence[str], config: FinetuneConfig, setup: Setup)
     head, split, probabilities = average(runs, config, "test" if has_test else "dev", setup)
     predictions = head.predictions(probabilities, split.features, split.examples)
     files = head.files(predictions, split.examples)
+    if has_test and split.features.labelled:  # RACE's: the paper's figures are for it
+        metrics = head.metrics(predictions, split.examples)
+        files["test_metrics.json"] = json.dumps(without_nan(metrics), indent=1) + "\n"
+        say("test: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), setup.rank)
     if setup.rank == 0:
         for name, content in files.items():
             write_atomically(Path(config.out) / name, content.encode())
@@ -1417,7 +1458,7 @@ def ensemble(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
 def check(config: FinetuneConfig) -> None:
     """Raises ValueError for values that no run can have."""
     check_values(config)
-    for name in ("epochs", "doc_stride", "question_tokens", "answer_tokens", "seeds"):
+    for name in ("epochs", "doc_stride", "max_question_tokens", "max_answer_tokens", "seeds"):
         at_least(config, name, 1)
     at_least(config, "patience", 0)
     at_least(config, "seq_len", 16)
@@ -1428,7 +1469,8 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     """Returns the flags that were given."""
     epilog = "The defaults shown are GLUE's. "
     for task, names in (("squad1", "squad1 and squad2"), ("race", "race")):
-        changed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in table_10(task).items())
+        changed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in table_10(task).items()
+                            if not name.startswith("sweep"))
         epilog += f"{names}: {changed}. "
     parser = argparse.ArgumentParser("finetune.py", None, "Fine-tune RoBERTa.", epilog, allow_abbrev=False)
     add_flags(parser, FinetuneConfig)
@@ -1438,7 +1480,7 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
 def config_of(task: str, given: dict[str, Any]) -> FinetuneConfig:
     """Returns Table 10's settings of a task with the flags' changes."""
     config = replace(FinetuneConfig(), **table_10(task) | given | {"task": task})
-    return replace(config, out=config.out or f"runs/{task}")
+    return replace(config, out=config.out or f"runs/{task}{'-ensemble' * bool(config.ensemble)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1479,6 +1521,9 @@ def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str,
         raise ValueError(f"{config.data}: none of the tasks {', '.join(TASKS)} is in it")
     if config.ensemble or config.ranking:
         raise ValueError("--ensemble and --ranking are for one --task")
+    for task in found:  # what is wrong with the last task's files should not come to light after days
+        for split in ("train", "dev"):
+            read_examples(task, find_task(task, config.data), split, config.skip_bad_rows)
     results = {}
     for task in found:
         results[task] = finetune(config_of(task, given | {"out": str(Path(config.out) / task)}), setup)

@@ -10,6 +10,7 @@ from conftest import PUBLISHED, make_documents
 from torch.nn import functional as F
 
 import data
+import finetune
 import roberta
 
 ODD = {
@@ -207,3 +208,33 @@ def test_ids_equal_hugging_faces_with_gpt2s_merges(oracle, tmp_path):
     roberta_tokenizer = oracle("transformers").AutoTokenizer.from_pretrained(tmp_path)
     plain = text.replace("</s>", "").replace("<mask>", "")
     assert roberta_tokenizer(plain, add_special_tokens=False)["input_ids"] == tokenizer.encode(plain)
+
+
+def test_pairs_and_offsets_equal_hugging_faces(oracle, tmp_path):
+    """What fine-tuning feeds: <s> A </s></s> B </s>, and which characters each token is made of."""
+    transformers = oracle("transformers")
+    ours = data.train_bpe(make_documents(200), 600)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, use_fast=True)
+    rng = random.Random(0)
+    texts = [
+        *make_documents(20, seed=1),
+        "naïve café – “quoted” Łódź",
+        "日本語、東京。 🙂🙂 a🏳️\u200d🌈b",
+        "a\n\n  b \t",
+    ]
+    for _ in range(50):
+        first, second = rng.sample(texts, 2)
+        joined = finetune.join(ours.encode_to_numpy(first), ours.encode_to_numpy(second), 10**6)
+        assert joined.tolist() == theirs(first, second)["input_ids"]
+        seq_len = 2 * rng.randint(8, 40)  # they halve an odd room the other way round
+        joined = finetune.join(ours.encode_to_numpy(first), ours.encode_to_numpy(second), seq_len)
+        cut = theirs(first, second, truncation="longest_first", max_length=seq_len)
+        assert joined.tolist() == cut["input_ids"]
+    for text in texts:
+        ids, offsets = ours.encode_with_offsets(text)
+        found = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert found["input_ids"] == ids.tolist()
+        for (a, b), (begin, end) in zip(offsets, found["offset_mapping"]):
+            assert text[a:b].strip() == text[begin:end].strip()  # theirs leave the space before a word out
+            assert not text[a:b].strip() or a + len(text[a:b]) - len(text[a:b].lstrip()) == begin
