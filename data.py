@@ -369,8 +369,8 @@ class Tokenizer:
 def read_json(path: Path) -> dict:
     """Returns the object in a JSON file. Raises: ValueError naming the file where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from None
 
 

@@ -260,9 +260,9 @@ def read_examples(name: str, place: Path, split: str, skip_bad_rows: bool = Fals
         for where, row in rows(path):
             try:
                 found = parse(part, row)
-                "".join(text for example in found for text in example.texts).encode()  # no lone surrogates
+                "".join(text for e in found for text in (e.id, *e.texts)).encode()  # no lone surrogates
                 examples += found
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
                 bad.append(f"{path}: {where}: {reason}")
                 if not skip_bad_rows or split == "test":
@@ -272,6 +272,10 @@ def read_examples(name: str, place: Path, split: str, skip_bad_rows: bool = Fals
             say(f"left out {len(bad)} malformed rows, the first: {bad[0]}")
         if len(examples) == before:
             raise ValueError(f"{path}: no example in it")
+        if name == "race" or name.startswith("squad"):  # their predictions are handed in by the id
+            repeated = [id for id, count in Counter(example.id for example in examples).items() if count > 1]
+            if repeated:
+                raise ValueError(f"{path}: two questions have the id {repeated[0]}")
     return examples
 
 
@@ -293,7 +297,7 @@ def tsv_rows(name: str, split: str, path: Path) -> Iterator[tuple[str, tuple]]:
         missing = ", ".join(sorted(needed - set(columns)))
         raise ValueError(f"{path}: line 1: no column {missing}, only {', '.join(columns)[:200]!r}: "
                          f"is this {name}'s file?")
-    while lines and lines[-1] == [""]:
+    while lines and not "".join(lines[-1]).strip():
         lines.pop()
     ids = path.parent / "dev_ids.tsv"
     if path.name != "msr_paraphrase_train.txt" or not ids.exists():
@@ -308,10 +312,12 @@ def tsv_rows(name: str, split: str, path: Path) -> Iterator[tuple[str, tuple]]:
 
 def glue_example(name: str, split: str, part: str, parsed: tuple) -> list[Example]:
     task, label, (row, columns, cells) = TASKS[name], None, parsed
+    if cells == [""]:
+        raise ValueError("blank")
     if len(cells) != len(columns):
         raise ValueError(f"{len(cells)} columns, but {name} has {len(columns)} ({', '.join(columns)[:100]})")
     if split != "test":
-        written = row[task.label]
+        written = row[task.label].strip()
         if not task.labels:
             label = float(written)
             if not 0 <= label <= 5:
@@ -319,13 +325,14 @@ def glue_example(name: str, split: str, part: str, parsed: tuple) -> list[Exampl
         elif written in task.labels:
             label = task.labels.index(written)
         else:
-            raise ValueError(f"{task.label} {written!r} is none of {name}'s labels {', '.join(task.labels)}")
+            raise ValueError(f"{task.label} {written!r} is none of {name}'s ({', '.join(task.labels)}); is "
+                             f"this {name}'s file?")
     return [Example(row["index"], part, tuple(row[column].strip() for column in task.texts), label)]
 
 
 def squad_rows(path: Path) -> Iterator[tuple[str, tuple]]:
     """Yields (question, (it, its passage)) of a SQuAD file."""
-    content, seen = read_json(path), set()
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise ValueError(f'{path}: not a SQuAD file, which is an object with a list "data"')
     for i, article in enumerate(content["data"]):
@@ -335,11 +342,8 @@ def squad_rows(path: Path) -> Iterator[tuple[str, tuple]]:
             raise ValueError(f"{path}: article {i}: paragraphs with context and qas expected, "
                              f"{type(error).__name__} {error}") from None
         for passage, question in pairs:
-            name = str(question.get("id") if isinstance(question, dict) else question)[:100]
-            if name in seen:
-                raise ValueError(f"{path}: two questions have the id {name}")
-            seen.add(name)
-            yield f"question {name}", (passage, question)
+            name = question.get("id") if isinstance(question, dict) else question
+            yield f"question {str(name)[:100]}", (passage, question)
 
 
 def squad_example(name: str, split: str, part: str, row: tuple) -> list[Example]:
@@ -348,7 +352,11 @@ def squad_example(name: str, split: str, part: str, row: tuple) -> list[Example]
         raise ValueError("context, id and question must be texts")
     if split == "test" and "answers" not in entry:
         return [Example(entry["id"], part, (entry["question"], passage), None)]
-    answers = tuple((int(a["answer_start"]), str(a["text"])) for a in entry["answers"])
+    answers = tuple((a["answer_start"], a["text"]) for a in entry["answers"])
+    if not all(type(begin) is int and isinstance(text, str) for begin, text in answers):
+        raise ValueError("an answer must have an integer answer_start and a text")
+    if answers and entry.get("is_impossible"):
+        raise ValueError("is_impossible, but it has an answer")
     if name == "squad1" and not answers:
         raise ValueError("no answer, which in v1.1 every question has; is this v2.0, --task squad2?")
     return [Example(entry["id"], part, (entry["question"], passage), answers)]
@@ -363,13 +371,15 @@ def race_rows(path: Path) -> Iterator[tuple[str, dict]]:
 def race_example(split: str, part: str, row: dict) -> list[Example]:
     questions, options = row["questions"], row["options"]
     answers = row.get("answers") or [None] * len(questions)
-    if not isinstance(row["article"], str) or not len(questions) == len(options) == len(answers):
+    if not (isinstance(row["article"], str) and isinstance(questions, list)):
+        raise ValueError("article must be a text and questions a list")
+    if not len(questions) == len(options) == len(answers):
         raise ValueError(f"{len(questions)} questions, {len(options)} options, {len(answers)} answers")
     if split != "test" and None in answers:
         raise ValueError("no answers")
     examples = []
     for i, (question, four, answer) in enumerate(zip(questions, options, answers)):
-        if len(four) != 4 or answer not in ("A", "B", "C", "D", None):
+        if not isinstance(four, list) or len(four) != 4 or answer not in ("A", "B", "C", "D", None):
             raise ValueError(f"question {i} has {len(four)} options and answer {answer!r}; four and A to D")
         label = None if answer is None else "ABCD".index(answer)
         examples.append(Example(f"{row['id']}-{i}", part, (row["article"], question, *four), label))
@@ -494,6 +504,7 @@ class LengthBuckets:
             raise ValueError(f"micro_batch_size {micro_batch_size} x world_size {world_size} does not divide "
                              f"batch_size {batch_size}")
         self.features, self.seed, self.rank, self.world_size = features, seed, rank, world_size
+        self.micro_batch_size = micro_batch_size
         self.num_micro_batches = batch_size // (micro_batch_size * world_size)
         self.begins = features.group_begins
         self.steps_per_epoch = -(-(len(self.begins) - 1) // batch_size)
@@ -515,7 +526,8 @@ class LengthBuckets:
         """Returns this rank's micro-batches of a step."""
         epoch, number = divmod(step, self.steps_per_epoch)
         groups = self._order(epoch)[number]
-        parts = np.array_split(groups, self.num_micro_batches * self.world_size)[self.rank :: self.world_size]
+        number = -(-len(groups) // (self.micro_batch_size * self.world_size))  # on each rank
+        parts = np.array_split(groups, number * self.world_size)[self.rank :: self.world_size]
         batches = [collate(self.features, self.begins, part) for part in parts]
         return Step(step / self.steps_per_epoch, batches, len(groups))
 
@@ -1080,7 +1092,7 @@ def load_split(config: FinetuneConfig, split: str, tokenizer: Tokenizer, cache: 
     head = head_of(config)
     settings = [config.task, config.ranking, config.seq_len, config.doc_stride, config.max_question_tokens,
                 tokenizer.fingerprint, FEATURES_VERSION]
-    digest = hashlib.sha256(repr(examples).encode()).hexdigest()
+    digest = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     key = hashlib.sha256(repr((settings, digest)).encode()).hexdigest()[:16]
     path = cache / f"{config.task}-{split}-{key}.npz"
     if setup.rank > 0:
@@ -1248,7 +1260,8 @@ def run_once(config: FinetuneConfig, setup: Setup, head: Head, tokenizer: Tokeni
     weights = "random" if config.scratch else weights_of(config.model)
     data = {"tokenizer": tokenizer.fingerprint, "training examples": train.digest,
             "dev examples": dev.digest, "pretrained weights": weights}
-    described = {"flags": asdict(config), "model": asdict(model_shape(config, head)), "data": data}
+    described = {"command": {"kind": f"one run of {config.task}"}, "flags": asdict(config),
+                 "model": asdict(model_shape(config, head)), "data": data}
     claim_directory(out, described, FREE_TO_CHANGE, setup.rank)
     if (out / "results.json").exists():
         say(f"{out} is finished", setup.rank)
@@ -1282,8 +1295,8 @@ def settings_of(config: FinetuneConfig) -> list[FinetuneConfig]:
     count = config.seeds or (5 if config.sweep else 1)
     if count == 1 and not config.sweep:
         return [config]
-    batch_sizes = config.sweep_batch_sizes if config.sweep else [config.batch_size]
-    lrs = config.sweep_lrs if config.sweep else [config.peak_lr]
+    batch_sizes = dict.fromkeys(config.sweep_batch_sizes if config.sweep else [config.batch_size])
+    lrs = dict.fromkeys(config.sweep_lrs if config.sweep else [config.peak_lr])
     return [
         replace(config, batch_size=size, peak_lr=lr, seed=config.seed + i,
                 out=str(Path(config.out) / f"batch{size}-lr{lr:g}-seed{config.seed + i}"))
@@ -1294,13 +1307,9 @@ def settings_of(config: FinetuneConfig) -> list[FinetuneConfig]:
 def finetune(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
     """Does what one command asks for one task, and returns what its results.json holds."""
     head, out = head_of(config), Path(config.out)
-    several = bool(config.ensemble) or len(settings_of(config)) > 1
-    if several and (out / "run.json").exists():
-        raise ValueError(f"{out} holds a single run; choose another --out")
-    if (out / "results.json").exists() and not (out / "run.json").exists():
-        kind = "ensemble" if "ensemble" in read_json(out / "results.json") else "sweep"
-        if not several or kind != ("ensemble" if config.ensemble else "sweep"):
-            raise ValueError(f"{out} holds the results of other runs ({kind}); choose another --out")
+    if config.ensemble or len(settings_of(config)) > 1:
+        kind = f"{'ensemble' if config.ensemble else 'several runs'} of {config.task}"
+        claim_directory(out, {"command": {"kind": kind}}, set(), setup.rank)
     if config.ensemble:
         return ensemble(config, setup)
     most = model_shape(config, head).max_tokens
@@ -1310,6 +1319,8 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
     runs = settings_of(config)
     for run in runs:
         check(run)
+    if config.predict:  # a test file that can't be read should not come to light after training
+        read_examples(config.task, find_task(config.task, config.data), "test")
     tokenizer = Tokenizer.from_pretrained(find_model(config.model))
     train, dev = (load_split(config, split, tokenizer, out / "features", setup) for split in ("train", "dev"))
     results = []
@@ -1394,9 +1405,10 @@ def average(
     """Returns head, split, and the mean over runs of what their models give each input (§5.1, ensembles)."""
     total, first = 0.0, None
     for path in runs:
-        flags = read_json(Path(path) / "run.json")["flags"]
-        if flags.get("task") != config.task:
-            raise ValueError(f"{path} is a run of {flags.get('task')}, not of {config.task}")
+        described = read_json(Path(path) / "run.json")
+        kind, flags = described.get("command", {}).get("kind", "a pretraining run"), described.get("flags")
+        if kind != f"one run of {config.task}":
+            raise ValueError(f"{path} is {kind}, not one run of {config.task}")
         names = ("seq_len", "ranking", "doc_stride", "max_question_tokens", "skip_bad_rows")
         own = replace(config, **{name: flags[name] for name in names})
         head, tokenizer = head_of(own), Tokenizer.from_pretrained(find_model(path))
@@ -1432,7 +1444,7 @@ def write_predictions(runs: Sequence[str], config: FinetuneConfig, setup: Setup)
 def ensemble(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
     """Averages finished runs; a sweep's directory stands for all runs of its best setting."""
     runs: list[str] = []
-    for path in config.ensemble:
+    for path in dict.fromkeys(config.ensemble):
         if not (Path(path) / "results.json").exists():
             raise ValueError(f"{path}: no finished run (no results.json)")
         results = read_json(Path(path) / "results.json")
@@ -1511,10 +1523,14 @@ def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str,
         raise ValueError("--data is missing: the folder of the tasks (glue/, squad/, RACE/) or a task's own")
     if not config.model and not config.ensemble:
         raise ValueError("--model is missing: a run directory of train.py, or a saved model")
+    if config.sweep and {"batch_size", "peak_lr"} & given.keys():
+        raise ValueError("--sweep has no use for --batch-size and --peak-lr; give --sweep-batch-sizes and "
+                         "--sweep-lrs instead")
     check(config)
     setup = set_up(config.precision)
     if config.task != "all":
         return [finetune(config, setup)]
+    claim_directory(Path(config.out), {"command": {"kind": "all tasks"}}, set(), setup.rank)
     found = [task for task in TASKS if any(split_files(task, place, "train") for place in
                                            task_places(task, config.data)[:2])]
     if not found:
