@@ -36,6 +36,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -201,7 +202,7 @@ class Example(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def task_places(name: str, data: str | Path) -> list[Path]:
+def task_directories(name: str, data: str | Path) -> list[Path]:
     """Returns where the files of a task may be: below the folder of all tasks, or in its own."""
     folder, data = TASKS[name].folder, Path(data)
     return [data / "glue" / folder, data / folder, data]
@@ -209,16 +210,16 @@ def task_places(name: str, data: str | Path) -> list[Path]:
 
 def find_task(name: str, data: str | Path) -> Path:
     """Returns the directory of a task. Raises: ValueError where training or dev files are missing."""
-    folder, data, places = TASKS[name].folder, Path(data), task_places(name, data)
-    for place in places:
-        if split_files(name, place, "train") and split_files(name, place, "dev"):
-            return place
-    looked = ", ".join(map(str, places)) if data.is_dir() else f"{data}: no such directory"
+    folder, data, directories = TASKS[name].folder, Path(data), task_directories(name, data)
+    for directory in directories:
+        if split_files(name, directory, "train") and split_files(name, directory, "dev"):
+            return directory
+    looked = ", ".join(map(str, directories)) if data.is_dir() else f"{data}: no such directory"
     raise ValueError(f"no training and dev files of {name} ({looked}); --data takes the folder of the tasks "
                      f"or {folder}/ itself")
 
 
-def split_files(name: str, place: Path, split: str) -> list[tuple[str, Path]]:
+def split_files(name: str, directory: Path, split: str) -> list[tuple[str, Path]]:
     """Returns (part, path) of the files of a split, train, dev or test, that are there."""
     if name.startswith("squad"):
         files = [("", f"{split}-v{name[-1]}{'.1' if name[-1] == '1' else '.0'}.json")]
@@ -226,20 +227,20 @@ def split_files(name: str, place: Path, split: str) -> list[tuple[str, Path]]:
         files = [(part, f"{split}/{part}") for part in ("middle", "high")]
     elif name == "mnli" and split != "train":
         files = [(part, f"{split}_{part}.tsv") for part in ("matched", "mismatched")]
-        if split == "dev" and not all((place / file).exists() for _, file in files):
+        if split == "dev" and not all((directory / file).exists() for _, file in files):
             return []  # or the metrics of one would pass for those of the other
         files += [("AX", "../diagnostic/diagnostic.tsv")] * (split == "test")
-    elif name == "mrpc" and not (place / "train.tsv").exists():
+    elif name == "mrpc" and not (directory / "train.tsv").exists():
         # Microsoft's own files. GLUE's dev set is a part of their training set, listed in dev_ids.tsv.
         # DIFFERS: without that list their test set, which has its labels, serves as dev set.
-        own_dev = split != "dev" or (place / "dev_ids.tsv").exists()
+        own_dev = split != "dev" or (directory / "dev_ids.tsv").exists()
         files = [("", f"msr_paraphrase_{'train' if split != 'test' and own_dev else 'test'}.txt")]
     else:
         files = [("", f"{split}.tsv")]
-    return [(part, place / file) for part, file in files if (place / file).exists()]
+    return [(part, directory / file) for part, file in files if (directory / file).exists()]
 
 
-def read_examples(name: str, place: Path, split: str, skip_bad_rows: bool = False) -> list[Example]:
+def read_examples(name: str, directory: Path, split: str, skip_bad_rows: bool = False) -> list[Example]:
     """Returns the examples of a split.
 
     Raises: ValueError naming file and row where one is malformed, its label is not one of the task's, or the
@@ -253,7 +254,7 @@ def read_examples(name: str, place: Path, split: str, skip_bad_rows: bool = Fals
     else:
         rows, parse = functools.partial(tsv_rows, name, split), functools.partial(glue_example, name, split)
     examples = []
-    for part, path in split_files(name, place, split):
+    for part, path in split_files(name, directory, split):
         if split == "dev" and path.name == "msr_paraphrase_test.txt":
             say(f"{path} serves as dev set, as there is no dev_ids.tsv to say which examples are GLUE's")
         bad, before = [], len(examples)
@@ -403,7 +404,7 @@ class Features:
     passage: np.ndarray  # (S, 2) which of its tokens are the passage's (SQuAD)
     offsets: np.ndarray  # (len(ids), 2) the passage's characters that a token is made of (SQuAD)
     labelled: np.ndarray  # () whether the targets are known
-    notes: np.ndarray  # () what there is to say about them: a line, and a line for each oddity
+    notes: np.ndarray  # () a remark to print, and below it a line for each oddity
 
     @property
     def lengths(self) -> np.ndarray:
@@ -415,14 +416,16 @@ class Features:
         return np.append(np.flatnonzero(np.diff(self.group, prepend=-1)), len(self.group))
 
     @classmethod
-    def of(cls, inputs: Sequence[np.ndarray], example, group, targets, labelled: bool, notes: str,
-           passage=None, offsets=None) -> Features:
-        """Returns inputs and what goes with them as arrays."""
-        bounds = np.cumsum([0, *map(len, inputs)])
+    def of(
+        cls, inputs: Sequence[np.ndarray], *, example: ArrayLike, group: ArrayLike, targets: ArrayLike,
+        labelled: bool, notes: str, passage: ArrayLike | None = None,
+        offsets: Sequence[np.ndarray] | None = None,
+    ) -> Features:
+        """Returns the inputs and, for each, what the fields say; targets: up to three numbers."""
         targets = np.array(targets, dtype=np.float32).reshape(len(inputs), -1)
         return cls(
-            np.concatenate(inputs).astype(np.int32), bounds, np.array(example), np.array(group),
-            np.pad(targets, ((0, 0), (0, 3 - targets.shape[1]))),
+            np.concatenate(inputs).astype(np.int32), np.cumsum([0, *map(len, inputs)]), np.array(example),
+            np.array(group), np.pad(targets, ((0, 0), (0, 3 - targets.shape[1]))),
             np.zeros((len(inputs), 2), np.int64) if passage is None else np.array(passage),
             np.zeros((0, 2), np.int32) if offsets is None else np.concatenate(offsets).astype(np.int32),
             np.array(labelled), np.array(notes),
@@ -464,12 +467,13 @@ class Batch:
     group: np.ndarray  # (S,) 0, 1, ...
     may_answer: np.ndarray  # (S, T) bool, True = <s> and the passage (SQuAD)
     inputs: np.ndarray  # (S,) which of the features' inputs
-    weight: float  # 0 for a rank that got no group of a small batch: it computes along and adds nothing
+    weight: float  # of the loss: 1, or 0 where there was no group left for this rank
     num_tokens: int
 
 
 def collate(features: Features, begins: np.ndarray, groups: np.ndarray) -> Batch:
     """Returns the inputs of some groups as a batch. begins: `features.group_begins`, found once for many."""
+    # Ranks wait for each other's gradients, so one without a group computes along, on any, with weight 0.
     weight, groups = (1.0, groups) if len(groups) else (0.0, np.array([0]))
     inputs = np.concatenate([np.arange(begins[g], begins[g + 1]) for g in groups])
     number = np.repeat(np.arange(len(groups)), begins[groups + 1] - begins[groups])
@@ -477,9 +481,9 @@ def collate(features: Features, begins: np.ndarray, groups: np.ndarray) -> Batch
     ids = np.full((len(inputs), lengths.max()), PAD)
     for row, i in enumerate(inputs):
         ids[row, : lengths[row]] = features.ids[features.bounds[i] : features.bounds[i + 1]]
-    place, passage = np.arange(ids.shape[1]), features.passage[inputs]
-    may_answer = (place >= passage[:, :1]) & (place < passage[:, 1:]) | (place == 0)
-    return Batch(ids, place < lengths[:, None], features.targets[inputs], number, may_answer, inputs, weight,
+    column, passage = np.arange(ids.shape[1]), features.passage[inputs]
+    may_answer = (column >= passage[:, :1]) & (column < passage[:, 1:]) | (column == 0)
+    return Batch(ids, column < lengths[:, None], features.targets[inputs], number, may_answer, inputs, weight,
                  int(lengths.sum() * weight))
 
 
@@ -582,8 +586,8 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Returns the correlation of the ranks; equal values share the mean of theirs."""
 
     def ranks(values: Sequence[float]) -> np.ndarray:
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[place]
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return math.nan
@@ -656,7 +660,12 @@ def squad2_metrics(
 
 
 class Head:
-    """What a kind of task does with the encoder; one subclass for each kind."""
+    """What a kind of task does with the encoder; one subclass for each kind.
+
+    examples --encode--> features --forward--> scores, (S, columns) --loss--> training
+                                               scores --probabilities--> (averaged over an ensemble)
+                                               --predictions--> one for each example --> metrics, files
+    """
 
     model_class: type[RobertaModelBase]
 
@@ -725,9 +734,10 @@ class Classification(Head):
             whole = len(first) + 2 if second is None else len(first) + len(second) + 4
             cut += whole > seq_len
         labels = [0 if example.label is None else example.label for example in examples]
-        place = np.arange(len(examples))
+        index = np.arange(len(examples))
         notes = f"{cut} inputs cut to {seq_len} tokens" if cut else ""
-        return Features.of(inputs, place, place, labels, examples[0].label is not None, notes)
+        return Features.of(inputs, example=index, group=index, targets=labels,
+                           labelled=examples[0].label is not None, notes=notes)
 
     def forward(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         return model(to_tensor(batch.input_ids, device), to_tensor(batch.attention_mask, device))
@@ -800,9 +810,10 @@ class MultipleChoice(Head):
                 first = first[: min(128, seq_len - 4)]
                 inputs.append(join(first, second[: seq_len - 4 - len(first)], seq_len))
         right = [example.label == i for example in examples for i in range(4)]
-        place = np.repeat(np.arange(len(examples)), 4)
+        index = np.repeat(np.arange(len(examples)), 4)
         notes = f"{cut} of {len(inputs)} inputs cut to {seq_len} tokens" if cut else ""
-        return Features.of(inputs, place, place, right, examples[0].label is not None, notes)
+        return Features.of(inputs, example=index, group=index, targets=right,
+                           labelled=examples[0].label is not None, notes=notes)
 
     def forward(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         # One candidate a row: padding is less than with all four of a question in one.
@@ -876,8 +887,8 @@ class Ranking(Classification):
         order = np.argsort(group, kind="stable")  # candidates of a group become neighbours
         inputs = np.split(features.ids, features.bounds[1:-1])
         right = features.targets[order, 0] == self.right
-        labelled, notes = bool(features.labelled), str(features.notes)
-        return Features.of([inputs[i] for i in order], order, group[order], right, labelled, notes)
+        return Features.of([inputs[i] for i in order], example=order, group=group[order], targets=right,
+                           labelled=bool(features.labelled), notes=str(features.notes))
 
     def loss(self, scores: Tensor, batch: Batch) -> Tensor:
         device = scores.device
@@ -929,7 +940,7 @@ class Spans(Head):
         encode = functools.lru_cache(64)(tokenizer.encode_with_offsets)  # a passage has several questions
         inputs, example_of, targets, passages, all_offsets = [], [], [], [], []
         wrong, inside, number = [], [], 0
-        for place, example in enumerate(examples):
+        for index, example in enumerate(examples):
             question = tokenizer.encode_to_numpy(example.texts[0].strip())
             question = question[: min(self.config.max_question_tokens, seq_len // 2)]
             passage, gold = example.texts[1], None
@@ -953,15 +964,16 @@ class Spans(Head):
                 inputs.append(np.concatenate([[BOS], question, [EOS, EOS], ids[begin:end], [EOS]]))
                 all_offsets.append(np.pad(offsets[begin:end], ((at, 1), (0, 0))))
                 passages.append([at, at + end - begin])
-                example_of.append(place)
+                example_of.append(index)
         notes = f"{len(inputs)} windows of up to {seq_len} tokens"
         if wrong or inside:
             notes += (f"; of {number} gold answers {len(wrong)} are not at their offset and left out, "
                       f"{len(inside)} begin or end inside a token: no span is exactly them")
         notes = "\n".join([notes, *wrong, *inside])
-        place = np.arange(len(inputs))
-        return Features.of(inputs, example_of, place, targets, examples[0].label is not None,
-                           notes, passages, all_offsets)
+        return Features.of(
+            inputs, example=example_of, group=np.arange(len(inputs)), targets=targets,
+            labelled=examples[0].label is not None, notes=notes, passage=passages, offsets=all_offsets,
+        )
 
     def forward(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         """Returns (S, 2 T + 1): start scores, end scores, the answerability score (v1.1: 0)."""
@@ -998,18 +1010,18 @@ class Spans(Head):
         width, longest = probabilities.shape[1] // 2, self.config.max_answer_tokens
         spans, surest = [""] * len(examples), [-1.0] * len(examples)
         none = [0.0 if self.config.task == "squad1" else 1.0] * len(examples)
-        for i, (place, (begin, end)) in enumerate(zip(features.example, features.passage)):
-            none[place] = min(none[place], 1 - float(probabilities[i, -1]))
+        for i, (index, (begin, end)) in enumerate(zip(features.example, features.passage)):
+            none[index] = min(none[index], 1 - float(probabilities[i, -1]))
             if begin == end:
                 continue
             start = probabilities[i, begin:end, None]  # (tokens of the window, 1)
             ends = np.pad(probabilities[i, width + begin : width + end], (0, longest - 1))
             ends = np.lib.stride_tricks.sliding_window_view(ends, longest)  # (tokens, how many more)
             first, more = divmod(int((start * ends).argmax()), longest)
-            if (sure := float(start[first, 0] * ends[first, more])) > surest[place]:
+            if (sure := float(start[first, 0] * ends[first, more])) > surest[index]:
                 first += features.bounds[i] + begin
-                surest[place] = sure
-                spans[place] = answer_text(examples[place].texts[1], features.offsets, first, first + more)
+                surest[index] = sure
+                spans[index] = answer_text(examples[index].texts[1], features.offsets, first, first + more)
         return list(zip(spans, none))
 
     def answers(self, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
@@ -1087,8 +1099,8 @@ def load_split(config: FinetuneConfig, split: str, tokenizer: Tokenizer, cache: 
 
     The cache's key is a digest of all that they depend on: examples, tokenizer, task and lengths.
     """
-    place = find_task(config.task, config.data)
-    examples = read_examples(config.task, place, split, config.skip_bad_rows)
+    directory = find_task(config.task, config.data)
+    examples = read_examples(config.task, directory, split, config.skip_bad_rows)
     head = head_of(config)
     settings = [config.task, config.ranking, config.seq_len, config.doc_stride, config.max_question_tokens,
                 tokenizer.fingerprint, FEATURES_VERSION]
@@ -1108,7 +1120,7 @@ def load_split(config: FinetuneConfig, split: str, tokenizer: Tokenizer, cache: 
     if setup.rank == 0 and setup.world_size > 1:
         dist.barrier()
     first, *more = str(features.notes).split("\n")
-    say(f"{config.task} {split}: {len(examples):,} examples from {place}" + f"; {first}" * bool(first) +
+    say(f"{config.task} {split}: {len(examples):,} examples from {directory}" + f"; {first}" * bool(first) +
         f"; each is named in {path.with_suffix('.txt')}" * bool(more), setup.rank)
     return Split(examples, features, digest)
 
@@ -1531,8 +1543,8 @@ def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str,
     if config.task != "all":
         return [finetune(config, setup)]
     claim_directory(Path(config.out), {"command": {"kind": "all tasks"}}, set(), setup.rank)
-    found = [task for task in TASKS if any(split_files(task, place, "train") for place in
-                                           task_places(task, config.data)[:2])]
+    found = [task for task in TASKS if any(split_files(task, directory, "train") for directory in
+                                           task_directories(task, config.data)[:2])]
     if not found:
         raise ValueError(f"{config.data}: none of the tasks {', '.join(TASKS)} is in it")
     if config.ensemble or config.ranking:

@@ -574,7 +574,7 @@ def some_features(count: int, seed: int = 0) -> finetune.Features:
     rng = np.random.default_rng(seed)
     inputs = [rng.integers(4, 90, rng.integers(3, 40)) for _ in range(count)]
     place = np.arange(count)
-    return finetune.Features.of(inputs, place, place, place, True, "")
+    return finetune.Features.of(inputs, example=place, group=place, targets=place, labelled=True, notes="")
 
 
 @pytest.mark.parametrize("count, batch_size", [(1000, 16), (37, 8), (5, 8), (1, 4)])
