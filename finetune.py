@@ -1250,7 +1250,7 @@ class Finetuning(Run):
 
 
 def majority_metrics(head: Head, train: Sequence[Example], dev: Sequence[Example]) -> dict[str, float]:
-    """Returns the metrics of one and the same answer for all of dev, the one that is best for train."""
+    """Returns the metrics of always giving the one answer that is right most often for train."""
     return head.metrics([head.majority(train)] * len(dev), dev)
 
 
@@ -1319,6 +1319,8 @@ def settings_of(config: FinetuneConfig) -> list[FinetuneConfig]:
 def finetune(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
     """Does what one command asks for one task, and returns what its results.json holds."""
     head, out = head_of(config), Path(config.out)
+    for run in settings_of(config):
+        check(run)
     if config.ensemble or len(settings_of(config)) > 1:
         kind = f"{'ensemble' if config.ensemble else 'several runs'} of {config.task}"
         claim_directory(out, {"command": {"kind": kind}}, set(), setup.rank)
@@ -1328,14 +1330,11 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
     config = replace(config, precision=setup.precision, seq_len=config.seq_len or min(most, 512))
     if config.seq_len > most:
         raise ValueError(f"--seq-len {config.seq_len} is more than the {most} tokens {config.model} takes")
-    runs = settings_of(config)
-    for run in runs:
-        check(run)
     if config.predict:  # a test file that can't be read should not come to light after training
         read_examples(config.task, find_task(config.task, config.data), "test")
     tokenizer = Tokenizer.from_pretrained(find_model(config.model))
     train, dev = (load_split(config, split, tokenizer, out / "features", setup) for split in ("train", "dev"))
-    results = []
+    runs, results = settings_of(config), []
     for run in runs:
         try:
             results.append(run_once(run, setup, head, tokenizer, train, dev))
@@ -1542,7 +1541,6 @@ def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str,
     setup = set_up(config.precision)
     if config.task != "all":
         return [finetune(config, setup)]
-    claim_directory(Path(config.out), {"command": {"kind": "all tasks"}}, set(), setup.rank)
     found = [task for task in TASKS if any(split_files(task, directory, "train") for directory in
                                            task_directories(task, config.data)[:2])]
     if not found:
@@ -1552,6 +1550,7 @@ def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str,
     for task in found:  # what is wrong with the last task's files should not come to light after days
         for split in ("train", "dev"):
             read_examples(task, find_task(task, config.data), split, config.skip_bad_rows)
+    claim_directory(Path(config.out), {"command": {"kind": "all tasks"}}, set(), setup.rank)
     results = {}
     for task in found:
         results[task] = finetune(config_of(task, given | {"out": str(Path(config.out) / task)}), setup)
