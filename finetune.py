@@ -229,7 +229,9 @@ def split_files(name: str, directory: Path, split: str) -> list[tuple[str, Path]
         files = [(part, f"{split}_{part}.tsv") for part in ("matched", "mismatched")]
         if split == "dev" and not all((directory / file).exists() for _, file in files):
             return []  # or the metrics of one would pass for those of the other
-        files += [("AX", "../diagnostic/diagnostic.tsv")] * (split == "test")
+        if split == "test":  # GLUE's diagnostic set, by its older or its newer name
+            older = (directory / "../diagnostic/diagnostic.tsv").exists()
+            files.append(("AX", f"../{'diagnostic/diagnostic' if older else 'AX/AX'}.tsv"))
     elif name == "mrpc" and not (directory / "train.tsv").exists():
         # Microsoft's own files. GLUE's dev set is a part of their training set, listed in dev_ids.tsv.
         # DIFFERS: without that list their test set, which has its labels, serves as dev set.
@@ -629,8 +631,10 @@ def squad2_metrics(
     """Returns what the official v2.0 script prints, in per cent: EM and F1 of all, of answerable and of
     unanswerable questions, and with `na_probs` the best of them over all thresholds of that probability.
 
-    golds: by question the gold answers, none: unanswerable. One that normalises to nothing is ignored.
+    golds: by question the gold answers, none: unanswerable. One that normalises to nothing is ignored, and so
+    is a question without a prediction.
     """
+    golds = {id: texts for id, texts in golds.items() if id in predictions}
     answered = {id: bool(texts) for id, texts in golds.items()}
     golds = {id: [g for g in texts if normalize_answer(g)] or [""] for id, texts in golds.items()}
     scores = {"exact": {id: max(squad_exact(g, predictions[id]) for g in gold) for id, gold in golds.items()},
@@ -646,7 +650,7 @@ def squad2_metrics(
         # Answering nothing gets all unanswerable ones right. Then answer the surest, one by one.
         score = best = sum(not has for has in answered.values())
         threshold = 0.0
-        for id in sorted(na_probs, key=na_probs.get):
+        for id in sorted(by_id, key=na_probs.get):
             score += by_id[id] if answered[id] else -bool(predictions[id])
             if score > best:
                 best, threshold = score, na_probs[id]

@@ -106,6 +106,9 @@ def write_glue(place: Path, task: str, counts=(64, 16, 4), quote: str = "") -> P
             lines = ["\t".join(columns).replace("_ID", " ID").replace("_String", " String")]
             lines += ["\t".join(str(row.get(name, "")) for name in columns) for row in rows]
         (folder / f"{split}{part}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if task == "mnli":  # GLUE's diagnostic set goes with it
+        (place / "diagnostic").mkdir(exist_ok=True)
+        (place / "diagnostic" / "diagnostic.tsv").write_text("index\tsentence1\tsentence2\n0\tsun\tmud\n")
     return folder
 
 
@@ -1155,7 +1158,7 @@ def test_all_tasks_in_one_table_beside_the_papers_figures(tmp_path, model, capsy
             line.startswith(f"| {task} | {name} |") and f"| {base} | {large} |" in line
             for line in table.split("\n")
         ), (task, name)
-    names = "CoLA SST-2 MRPC STS-B QQP MNLI-m MNLI-mm QNLI RTE WNLI".split()
+    names = "CoLA SST-2 MRPC STS-B QQP MNLI-m MNLI-mm QNLI RTE WNLI AX".split()
     assert {path.stem for path in out.glob("*/*.tsv")} == set(names)
     assert len(list(out.glob("*/predictions.json"))) == 2 and (out / "race" / "RACE.json").exists()
 
