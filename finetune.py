@@ -1187,6 +1187,17 @@ class Finetuning(Run):
         super().__init__(config, setup, model, tokenizer, batches, round(config.warmup_ratio * steps), steps)
         self.state |= {"epochs_without_gain": 0, "best": {}}
 
+    def resume(self) -> None:
+        super().resume()
+        best = self.state["best_step"]
+        if best > 0 and not (self.out / f"checkpoint-{best}").exists():  # set aside as damaged, or removed
+            say(f"warning: checkpoint-{best}, the best so far, is gone; now the best of the others counts",
+                self.setup.rank)
+            self.state |= {"best_score": -math.inf, "best_step": -1, "best": {}, "epochs_without_gain": 0}
+            if self.step % self.batches.steps_per_epoch == 0:
+                self.evaluate()
+                self.save()
+
     def loss_sums(self, batch: Batch) -> tuple[Tensor, ...]:
         scores = self.head.forward(self.wrapped, batch, self.setup.device)
         return (self.head.loss(scores, batch) * batch.weight,)

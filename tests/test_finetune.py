@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -910,6 +911,30 @@ def test_a_finished_run_keeps_its_best_model_only_and_is_not_repeated(tmp_path, 
     with pytest.raises(SystemExit):
         start("sst-2", tmp_path, model, out)
     assert "holds a run with training examples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_that_lost_its_best_checkpoint_keeps_the_best_of_the_others(tmp_path, model, monkeypatch, last):
+    write_glue(tmp_path, "sst-2", (100, 20, 4))
+    stop, original = (52 if last else 45), train.Run.train_step  # 13 steps an epoch, 4 epochs
+
+    def train_step(self, step):
+        original(self, step)
+        if self.step == stop:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.Run, "train_step", train_step)
+    monkeypatch.setattr(finetune.Finetuning, "finish", lambda self: sys.exit(1))
+    with pytest.raises(SystemExit):
+        start("sst-2", tmp_path, model, tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / f"checkpoint-{stop}" / "training.pt", weights_only=True)["state"]
+    best = tmp_path / "run" / f"checkpoint-{saved['best_step']}"
+    assert 0 < saved["best_step"] < stop
+    shutil.rmtree(best)
+    monkeypatch.undo()
+    results = start("sst-2", tmp_path, model, tmp_path / "run")
+    assert results["best_epoch"] == 4 and (tmp_path / "run" / "checkpoint").resolve().name == "checkpoint-52"
+    assert results["metrics"]["accuracy"] == train.read_log(tmp_path / "run")[-1]["accuracy"]
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path, model):
