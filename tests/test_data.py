@@ -324,7 +324,7 @@ def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
 def test_workers_die_with_a_killed_parent(tmp_path):
     code = (
         "import data, os, time\n"
-        "def work(i): print(os.getpid(), flush=True); time.sleep(60)\n"
+        "def work(i): os.write(1, f'{os.getpid()}\\n'.encode()); time.sleep(60)\n"
         "list(data.run_jobs(work, [(i,) for i in range(2)], 2))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
