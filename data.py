@@ -1454,6 +1454,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         if type(None) in typing.get_args(kind):
             kind = typing.get_args(kind)[0]  # T | None: the flag takes a T
         default = "none" if field.default in (None, ()) else field.default
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
         arguments = {"help": f"{field.metadata['help']} (default: {default})".replace("%", "%%")}
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction

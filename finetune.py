@@ -54,6 +54,7 @@ from data import (
     write_atomically,
 )
 from roberta import (
+    RobertaConfig,
     RobertaForMultipleChoice,
     RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
@@ -103,8 +104,8 @@ class FinetuneConfig(RunConfig):
     task: TaskName = flag("all", "a task, or all that --data holds")
     data: str | None = flag(None, "folder of the tasks (glue/, squad/, RACE/), or the task's own")
     model: str | None = flag(None, "pretrained model or fine-tuned run to start from")
-    out: str | None = flag(None, "run directory; none: runs/TASK")
-    batch_size: int = flag(32, "examples (SQuAD: windows) a step, over all ranks", "Table 10")
+    out: str | None = flag(None, "run directory; none: runs/TASK, or runs/TASK-ensemble")
+    batch_size: int = flag(32, "examples (SQuAD: windows; --ranking: groups) a step, all ranks", "Table 10")
     micro_batch_size: int | None = flag(None, "examples a forward pass; none: up to 32 that divide")
     peak_lr: float = flag(2e-5, "learning rate after warm-up", "Table 10")
     weight_decay: float = flag(0.1, "decoupled weight decay of the matrices", "Table 10")
@@ -1141,7 +1142,7 @@ def read_features(path: Path) -> Features | None:
         return None
 
 
-def model_shape(config: FinetuneConfig, head: Head) -> Any:
+def model_shape(config: FinetuneConfig, head: Head) -> RobertaConfig:
     """Returns the config of the model to fine-tune: the pretrained one's with the task's head."""
     changes = head.model_changes()
     if config.dropout is not None:
