@@ -613,7 +613,7 @@ def _run_passes(config: PrepareConfig, settings: dict, rank: int, world_size: in
     jobs = [(parts[i], digests[i]) for i in mine if not digests[i].exists()]
     _run_parts("digest", _digest_part, jobs, workers)
     wait_for(digests, out)
-    splits = _assign_splits([np.load(path) for path in digests], config.held_out)
+    splits = assign_splits([np.load(path) for path in digests], config.held_out)
 
     if rank == 0 and not (out / "tokenizer").exists():
         given = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer)
@@ -744,11 +744,15 @@ def _harvest_files(files: list[Path], destination: Path) -> int:
 
 
 def _digest_part(part: Part, destination: Path) -> Part:
-    """Writes 8 bytes of hash for each document of a part."""
-    documents = read_documents(*part)
-    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in documents]
-    save_array(destination, np.frombuffer(b"".join(digests), dtype="<u8"))
+    """Writes the digest of each document of a part."""
+    save_array(destination, digest(read_documents(*part)))
     return part
+
+
+def digest(documents: Iterable[str]) -> np.ndarray:
+    """Returns 8 bytes of hash for each document, (N,) uint64."""
+    hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in documents)
+    return np.frombuffer(b"".join(hashes), dtype="<u8")
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -757,7 +761,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _assign_splits(digests: list[np.ndarray], held_out: float) -> list[np.ndarray]:
+def assign_splits(digests: list[np.ndarray], held_out: float) -> list[np.ndarray]:
     """Returns TRAIN, HELD_OUT or DUPLICATE for each document of each part; the first of equals is kept."""
     everything = np.concatenate(digests)
     unique, first = np.unique(everything, return_index=True)
