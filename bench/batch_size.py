@@ -34,7 +34,7 @@ class BatchSize(Study):
               "sequences a step, this figure can neither show nor refute.")
     scales = {
         "smoke": Scale(**study.SMOKE, batch_sizes=(4, 16), peak_lrs=(3e-3, 9e-3)),
-        "cpu": Scale(**study.CPU),
+        "cpu": Scale(**study.CPU | {"sequences": 18_000}),
         "gpu": Scale(**study.GPU, batch_sizes=(32, 128, 512, 2048), peak_lrs=(3e-4, 1e-3, 3e-3)),
     }
 
