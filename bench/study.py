@@ -108,6 +108,10 @@ class Study:
     caveat: str  # what this scale cannot show
     scales: dict[str, Scale]
 
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """Adds the flags that only this study has."""
+
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.scale = self.scales[options.scale]
@@ -153,30 +157,31 @@ class Study:
             return whole
         part = self.data / f"{whole.name}-share{share:g}"
         if not (part / "manifest.json").exists():
-            parts = find_parts(self.options.corpus or [whole / "documentation"])
-
-            def documents() -> Iterator[str]:
-                return (document for path in parts for document in read_documents(*path))
-
             text = self.data / f"{part.name}.jsonl"
-            lines = [json.dumps({"text": each}) + "\n" for each in sample(documents, share, config.held_out)]
+            chosen = sample(self.documents, share, config.held_out)
+            lines = [json.dumps({"text": document}) + "\n" for document in chosen]
             write_atomically(text, "".join(lines).encode())
             with quietly(self.data / f"{part.name}.log"):
                 prepare(replace(config, corpus=(str(text),), out=str(part),
                                 tokenizer=str(whole / "tokenizer")))
         return part
 
+    def documents(self) -> Iterator[str]:
+        """Yields the documents of the whole corpus."""
+        corpus = self.options.corpus or [self.prepared() / "documentation"]
+        return (document for part in find_parts(corpus) for document in read_documents(*part))
+
     def config(self, data: Path, max_steps: int, **changes: Any) -> train.TrainConfig:
         """Returns a pretraining run at this scale; 6 % of it is warm-up, and it is evaluated five times."""
         scale = self.scale
         shape = {name: getattr(scale, name) for name in ("hidden_size", "num_hidden_layers",
                  "num_attention_heads", "seq_len", "batch_size", "peak_lr")}
-        shape |= {"intermediate_size": 4 * scale.hidden_size} | changes
+        shape |= {"intermediate_size": 4 * scale.hidden_size, "eval_interval": -(-max_steps // 5)} | changes
         micro = min(shape["batch_size"], 512 if torch.cuda.is_available() else 64)
         return train.TrainConfig(
             preset="tiny", data=str(data), max_steps=max_steps, warmup_steps=round(0.06 * max_steps),
-            micro_batch_size=micro, eval_interval=-(-max_steps // 5), log_interval=max(1, max_steps // 20),
-            checkpoint_interval=-(-max_steps // 3), keep=1, eval_sequences=1024, **shape,
+            micro_batch_size=micro, log_interval=max(1, max_steps // 20), keep=1, eval_sequences=1024,
+            checkpoint_interval=-(-max_steps // 3), **shape,
         )
 
     # What is done with them.
@@ -252,6 +257,12 @@ def sample(documents: Callable[[], Iterator[str]], share: float, held_out: float
     return (document for document, kept in zip(documents(), keep, strict=True) if kept)
 
 
+def setup() -> train.Setup:
+    """Returns what train.py's functions need to know of this process, and says nothing of it."""
+    with contextlib.redirect_stdout(None):
+        return train.set_up(None)
+
+
 @contextlib.contextmanager
 def quietly(log: Path) -> Iterator[None]:
     """Sends what is printed into a file: many runs at once would talk over each other."""
@@ -280,7 +291,7 @@ def values(runs: list[dict], name: str = "eval_perplexity") -> list[float]:
 
 def center(runs: list[dict], name: str = "eval_perplexity") -> float:
     """Returns the median over the seeds, the paper's own summary (§5.1, Table 1)."""
-    return median(values(runs, name))
+    return float(median(values(runs, name)))
 
 
 def show(value: Any) -> str:
@@ -299,18 +310,19 @@ def spread(runs: list[dict], name: str) -> list[str]:
     return [show(float(median(found))), f"{show(float(min(found)))} to {show(float(max(found)))}"]
 
 
-def compare(a: list[dict], b: list[dict], name: str = "eval_perplexity") -> str:
-    """Returns in words how `a` stands to `b`, of a measure of which less is better.
+def apart(a: list[dict], b: list[dict], name: str = "eval_perplexity") -> int:
+    """Returns 1 if every seed of `a` has less of a measure than any of `b`, -1 if more, 0 if the ranges meet.
 
-    Every seed apart is what three to five seeds can show; ranges that touch show nothing.
+    That is what three to five seeds can show: by chance alone, three against three are apart in one of ten.
     """
     first, second = values(a, name), values(b, name)
-    ratio = f"median {show(float(median(first)))} against {show(float(median(second)))}"
-    if max(first) < min(second):
-        return f"better in every seed ({ratio})"
-    if min(first) > max(second):
-        return f"worse in every seed ({ratio})"
-    return f"not told apart, the seeds' ranges overlap ({ratio})"
+    return (max(first) < min(second)) - (min(first) > max(second))
+
+
+def compare(a: list[dict], b: list[dict], name: str = "eval_perplexity") -> str:
+    """Returns in words how `a` stands to `b`, of a measure of which less is better; with both medians."""
+    words = {1: "better in every seed", -1: "worse in every seed", 0: "not told apart by the seeds' ranges"}
+    return f"{words[apart(a, b, name)]} ({show(center(a, name))} against {show(center(b, name))})"
 
 
 def rounded(value: Any) -> Any:
@@ -419,6 +431,7 @@ def main(study: type[Study], argv: Sequence[str] | None = None) -> None:
     # Many processes would fight for one GPU's memory; a small model on the CPU uses one core well.
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else train.cores(),
                         help="runs at a time (default: one a core, one on a GPU)")
+    study.add_flags(parser)
     options = parser.parse_args(argv)
     if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
         parser.error(f"--jobs {options.jobs} and --seeds {options.seeds} must be at least 1")
