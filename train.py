@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -194,8 +195,10 @@ def set_up(precision: str | None) -> Setup:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    elif local_world_size > 1:  # torchrun gives each rank one thread; the cores are there to be shared
-        torch.set_num_threads(max(1, cores() // local_world_size))
+    else:
+        keep_freed_memory()
+        if local_world_size > 1:  # torchrun gives each rank one thread; the cores are there to be shared
+            torch.set_num_threads(max(1, cores() // local_world_size))
     if world_size > 1 and not dist.is_initialized():
         # torchrun hands restarted ranks the store of the attempt before, with addresses of the dead in it.
         # On one machine the attempts have a common number, by which the entries can be told apart.
@@ -209,6 +212,18 @@ def set_up(precision: str | None) -> Setup:
     say(f"{world_size} rank{'s' * (world_size > 1)} on {where}; {precision}; torch {torch.__version__}; "
         f"attention by scaled_dot_product_attention", rank)
     return Setup(rank, world_size, device, precision)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep the memory of freed tensors for the next ones, as torch itself does on a GPU.
+
+    glibc returns large blocks to the system at once, and for every new one the system clears each page anew:
+    with BASE on a CPU that is a third of a step (bench/RESULTS.md). Another C library is left as it is.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end is kept, up to 2 GB
 
 
 def cores() -> int:
