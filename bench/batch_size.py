@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import study
-from study import Arm, Study, center, compare, grouped, show, values
+from study import Arm, Study, apart, center, compare, grouped, show, values
 
 from train import perplexity
 
@@ -97,8 +97,12 @@ class BatchSize(Study):
         if edges:
             sentences.append("Not tuned to the end: the best rate is at an edge of those tried for batch "
                              f"{', '.join(edges)}, so these could be better than shown.")
+        level = [str(size) for size in sizes if size != winner and not apart(best[winner], best[size])]
         if sizes[0] < winner < sizes[-1]:
-            verdict = "Agrees with the paper in this: neither the smallest nor the largest batch is best."
+            verdict = "Agrees with the paper: neither the smallest nor the largest batch is the best."
+        elif level:
+            verdict = (f"In the paper the middle batch was best; here {winner} has the lowest median, but the "
+                       f"seeds do not tell it from {', '.join(level)}.")
         else:
             verdict = (f"Differs from the paper, where the middle batch was best: here it is the "
                        f"{'smallest' if winner == sizes[0] else 'largest'}.")

@@ -9,9 +9,11 @@ another has left behind. pytest-benchmark then gets the times as if it had taken
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from data import docstrings, documentation_files, find_parts, read_documents  # noqa: E402
 from roberta import RobertaConfig  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -121,15 +124,15 @@ _done: dict[str, dict[str, Turns]] = {}  # by case: its tests, one for each cont
 
 
 def take_turns(case: str, makers: dict[str, Callable[[], Callable]], rounds: int,
-               kind: type[Contestant] = Contestant) -> dict[str, Turns]:
+               kind: type[Contestant] = Contestant, warmup: int = 2) -> dict[str, Turns]:
     """Returns the times of all contestants of a case; they take their turns at the first call.
 
-    Every contestant has two rounds first that do not count.
+    warmup: rounds before those that count.
     """
     if case not in _done:
         contestants = {name: kind(make) for name, make in makers.items()}
         found = {name: [] for name in contestants}
-        for number in range(-2, rounds):
+        for number in range(-warmup, rounds):
             for name, contestant in contestants.items():
                 result = contestant.round()
                 if number >= 0:
@@ -150,8 +153,7 @@ def report(benchmark, case: str, who: str, turns: dict[str, Turns], flops: float
     mine, middle = turns[who], median(turns[who].seconds)
     benchmark.group, benchmark.name = case, who
     info = benchmark.extra_info
-    info |= {"case": case, "who": who, "device": device_name(), "warmup_rounds": 2,
-             "peak_memory_bytes": mine.peak_memory}
+    info |= {"case": case, "who": who, "device": device_name(), "peak_memory_bytes": mine.peak_memory}
     info |= {f"{what}_per_second": amount / middle for what, amount in amounts.items()}
     if flops:
         info |= {"precision": precision, "model_flops_per_second": flops / middle,
@@ -223,3 +225,21 @@ def model_flops(config: RobertaConfig, batch_size: int, seq_len: int, prediction
     attention = config.num_hidden_layers * 2 * seq_len * width  # for a token: scores, then their values
     head = width**2 + width * config.vocab_size
     return 2 * (batch_size * seq_len * (weights + attention) + predictions * head)
+
+
+@functools.cache
+def documents(megabytes: int) -> list[str]:
+    """Returns that much text: of BENCH_CORPUS, files or folders with a colon between, else docstrings.
+
+    Less where there is not as much.
+    """
+    given = [path for path in os.environ.get("BENCH_CORPUS", "").split(":") if path]
+    texts = (text for part in find_parts(given) for text in read_documents(*part)) if given else (
+        text for path in documentation_files() if (text := docstrings(path)))
+    found, size = [], 0
+    for text in texts:
+        found.append(text)
+        size += len(text.encode())
+        if size >= megabytes * 1_000_000:
+            break
+    return found

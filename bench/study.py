@@ -46,6 +46,7 @@ from data import (  # noqa: E402
     find_parts,
     prepare,
     read_documents,
+    read_json,
     run_jobs,
     say,
     write_atomically,
@@ -210,9 +211,13 @@ class Study:
         records.sort(key=lambda r: (order[tuple(r[name] for name in arms[0].values)], r["seed"]))
         self.write(records, time.monotonic() - started)
 
+    def files(self) -> tuple[Path, str]:
+        """Returns the folder of the results and the stem of their names."""
+        return Path(self.options.results or self.runs), f"{self.name}-{self.options.scale}"
+
     def write(self, records: list[dict], seconds: float) -> None:
-        """Writes NAME-SCALE.json, .png and .md."""
-        results, stem = Path(self.options.results or self.runs), f"{self.name}-{self.options.scale}"
+        """Writes the records into NAME-SCALE.json, then the rest from it."""
+        results, stem = self.files()
         results.mkdir(parents=True, exist_ok=True)
         corpus = Corpus(self.prepared(self.scale.share))
         about = {
@@ -223,14 +228,23 @@ class Study:
             "seconds_of_this_call": round(seconds),
             "seconds_of_all_runs": round(sum(record["seconds"] for record in records)),
         }
-        reading = self.reading(records)
-        content = json.dumps(about | {"reading": reading, "runs": []}, indent=1)
-        rows = ",\n".join("  " + json.dumps(rounded(record)) for record in records)
+        records = rounded(records)
+        content = json.dumps(about | {"runs": []}, indent=1)
+        rows = ",\n".join("  " + json.dumps(record) for record in records)
         content = content.removesuffix("[]\n}") + f"[\n{rows}\n ]\n}}\n"  # a run a line
         write_atomically(results / f"{stem}.json", content.encode())
-        pictures = []
+        self.publish()
+
+    def publish(self) -> None:
+        """Draws the figures and writes the reading, from NAME-SCALE.json."""
+        results, stem = self.files()
+        about = read_json(results / f"{stem}.json")
+        records, pictures = about["runs"], []
+        reading = self.reading(records)
         for ending, figure in self.figures(records).items():
             name = f"{stem}{ending}.png"
+            for axes in figure.axes:
+                keep_labels_apart(axes)
             figure.savefig(results / f".{name}", dpi=150, format="png")
             os.replace(results / f".{name}", results / name)
             pictures.append(f"![{self.title}]({name})")
@@ -355,7 +369,8 @@ def processor() -> str:
 
 def command() -> str:
     """Returns this call without the folders of the machine it was made on."""
-    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    words = [word.removeprefix(f"{ROOT}/") for word in sys.argv[1:]]
+    words = [Path(word).name if os.path.isabs(word) else word for word in words]
     return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
 
 
@@ -392,13 +407,27 @@ def draw_line(axes: Any, i: int, label: str, xs: Sequence[float], samples: Seque
     style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
     axes.errorbar(xs, middle, (below, above), capsize=3, linewidth=1.4, **style)
     axes.annotate(label, (xs[-1], middle[-1]), (7, 0), textcoords="offset points", va="center", fontsize=9,
-                  color=style["color"])
+                  color=style["color"], gid="line")
+
+
+def keep_labels_apart(axes: Any, points: float = 11) -> None:
+    """Moves the names of lines that end close together up, so that none is written over another."""
+    labels = [text for text in axes.texts if text.get_gid() == "line"]
+    pixels = points * axes.figure.dpi / 72
+    taken: list[tuple[float, float]] = []
+    for label in sorted(labels, key=lambda label: axes.transData.transform(label.xy)[1]):
+        x, y = axes.transData.transform(label.xy)
+        near = [other + pixels for at, other in taken if abs(at - x) < 20 * pixels]
+        place = max([y, *near])
+        taken.append((x, place))
+        label.set_position((7, (place - y) * 72 / axes.figure.dpi))
 
 
 def draw_baseline(axes: Any, value: float, label: str = "unigram baseline") -> None:
     axes.axhline(value, color="#555555", linestyle="--", linewidth=1)
     axes.annotate(label, (0.01, value), (0, 3), xycoords=("axes fraction", "data"), fontsize=9,
-                  color="#555555", textcoords="offset points")
+                  color="#555555", textcoords="offset points",
+                  bbox={"color": "white", "alpha": 0.8, "pad": 0.5})
 
 
 def plain_ticks(axes: Any, xs: Sequence[float], axis: str = "x") -> None:
@@ -428,6 +457,8 @@ def main(study: type[Study], argv: Sequence[str] | None = None) -> None:
                         help="where runs and data are kept (default %(default)s)")
     parser.add_argument("--results", help="where JSON, figures and reading go; none: beside the runs")
     parser.add_argument("--seeds", type=int, help="runs of each setting; none: the scale's")
+    parser.add_argument("--redraw", action="store_true",
+                        help="run nothing: figures and reading from the JSON that is there")
     # Many processes would fight for one GPU's memory; a small model on the CPU uses one core well.
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else train.cores(),
                         help="runs at a time (default: one a core, one on a GPU)")
@@ -436,7 +467,7 @@ def main(study: type[Study], argv: Sequence[str] | None = None) -> None:
     if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
         parser.error(f"--jobs {options.jobs} and --seeds {options.seeds} must be at least 1")
     try:
-        study(options).run()
+        study(options).publish() if options.redraw else study(options).run()
     except (ValueError, OSError, FloatingPointError) as error:
         train.fail(f"error: {error}")
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_documents, run
+from helpers import ROOT, make_documents, run
 
 import data
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_documents, run
+from helpers import ROOT, make_documents, run
 
 import data
 import finetune

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import PUBLISHED, make_documents
+from helpers import PUBLISHED, make_documents
 from torch.nn import functional as F
 
 import data

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import data
 import finetune
@@ -30,7 +30,8 @@ def test_line_counts():
 
 @pytest.mark.parametrize("tag", ["DIFFERS", "CHOICE"])
 def test_tags_in_the_code_are_listed(tag):
-    in_code = sum((ROOT / file).read_text(encoding="utf-8").count(f"{tag}: ") for file in MODULES)
+    files = [*(ROOT / file for file in MODULES), *(ROOT / "bench").glob("*.py")]
+    in_code = sum(file.read_text(encoding="utf-8").count(f"{tag}: ") for file in files)
     assert len(re.findall(rf"^- {tag} \(", README, re.MULTILINE)) == in_code > 0
 
 
@@ -43,7 +44,8 @@ def test_files_and_flags_that_are_named_exist():
         for field in data.dataclasses.fields(config)
     }
     torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
-    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", README)) <= flags | torchruns
+    benchmarks = {"--benchmark-only", "--benchmark-json", "--scale", "--corpus", "--out"}
+    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", README)) <= flags | torchruns | benchmarks
 
 
 def test_commands_parse():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import run
+from helpers import run
 from torch.nn import functional as F
 
 import data

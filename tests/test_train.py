@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_documents, run
+from helpers import ROOT, make_documents, run
 
 import data
 import roberta
