@@ -97,7 +97,8 @@ class BatchSize(Study):
         if edges:
             sentences.append("Not tuned to the end: the best rate is at an edge of those tried for batch "
                              f"{', '.join(edges)}, so these could be better than shown.")
-        level = [str(size) for size in sizes if size != winner and not apart(best[winner], best[size])]
+        level = [str(size) for size in sizes if size != winner
+                 and not apart(best[winner], best[size])]
         if sizes[0] < winner < sizes[-1]:
             verdict = "Agrees with the paper: neither the smallest nor the largest batch is the best."
         elif level:

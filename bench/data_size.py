@@ -28,7 +28,7 @@ class DataSize(Study):
     paper = ("ten times the data at equal steps is better (MNLI-m 89.0, then 89.3), and three and five times "
              "the steps are better again (90.0, 90.2; Table 4, LARGE).")
     caveat = ("The amounts here are a few megabytes of text, thousands of times less than the paper's 16 and "
-              "160 GB, and the model is as much smaller; one seed each is what the paper could afford.")
+              "160 GB, and the model is as much smaller.")
     scales = {
         "smoke": Scale(**study.SMOKE, shares=(0.5, 1.0), lengths=(1.0, 0.5)),
         "cpu": Scale(**study.CPU),
