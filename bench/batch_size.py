@@ -102,8 +102,8 @@ class BatchSize(Study):
         if sizes[0] < winner < sizes[-1]:
             verdict = "Agrees with the paper: neither the smallest nor the largest batch is the best."
         elif level:
-            verdict = (f"In the paper the middle batch was best; here {winner} has the lowest median, but the "
-                       f"seeds do not tell it from {', '.join(level)}.")
+            verdict = (f"In the paper the middle batch was best; here {winner} has the lowest median, but "
+                       f"the seeds cannot tell it from {', '.join(level)}.")
         else:
             verdict = (f"Differs from the paper, where the middle batch was best: here it is the "
                        f"{'smallest' if winner == sizes[0] else 'largest'}.")
