@@ -99,10 +99,10 @@ class BatchSize(Study):
                              f"{', '.join(edges)}, so these could be better than shown.")
         level = [str(size) for size in sizes if size != winner
                  and not apart(best[winner], best[size])]
-        if sizes[0] < winner < sizes[-1]:
+        if sizes[0] < winner < sizes[-1] and not {str(sizes[0]), str(sizes[-1])} & set(level):
             verdict = "Agrees with the paper: neither the smallest nor the largest batch is the best."
         elif level:
-            verdict = (f"In the paper the middle batch was best; here {winner} has the lowest median, but "
+            verdict = (f"In the paper the middle batch was best. Here {winner} has the lowest median, but "
                        f"the seeds cannot tell it from {', '.join(level)}.")
         else:
             verdict = (f"Differs from the paper, where the middle batch was best: here it is the "

@@ -135,7 +135,7 @@ def questions() -> list[finetune.Example]:
 def make_features(who: str, examples: list[finetune.Example], seq_len: int) -> Callable[[], object]:
     """Returns a function that makes windows with the answers' token positions."""
     if who == "ours":
-        config = finetune.FinetuneConfig(task="squad1", doc_stride=64)
+        config = finetune.FinetuneConfig(task="squad1", doc_stride=100)
         return lambda: finetune.head_of(config).encode(examples, tokenizer(), seq_len)
     import transformers
 
@@ -147,7 +147,8 @@ def make_features(who: str, examples: list[finetune.Example], seq_len: int) -> C
 
     def windows() -> list[tuple[int, int]]:
         """As the well-known example scripts do it, offsets searched window by window."""
-        found = theirs(asked, passages, truncation="only_second", max_length=seq_len, stride=64,
+        # Their stride is what neighbouring windows share; these then begin some 100 tokens apart, as ours.
+        found = theirs(asked, passages, truncation="only_second", max_length=seq_len, stride=seq_len - 112,
                        return_overflowing_tokens=True, return_offsets_mapping=True, padding=False)
         places = []
         for i, (offsets, of) in enumerate(zip(found["offset_mapping"], found["overflow_to_sample_mapping"])):

@@ -30,9 +30,9 @@ TINY = RobertaConfig.tiny(
 )
 # config, sequences, tokens of a sequence, rounds
 STEPS = {
-    "tiny T=128": (TINY, 256 if ON_GPU else 16, 128, 7),
-    "BASE T=128": (RobertaConfig.base(), 128 if ON_GPU else 4, 128, 5),
-    "BASE T=512": (RobertaConfig.base(), 32 if ON_GPU else 2, 512, 4),
+    "tiny T=128": (TINY, 64 if ON_GPU else 16, 128, 9 if ON_GPU else 3),
+    "BASE T=128": (RobertaConfig.base(), 64 if ON_GPU else 4, 128, 9 if ON_GPU else 2),
+    "BASE T=512": (RobertaConfig.base(), 32 if ON_GPU else 2, 512, 9 if ON_GPU else 2),
 }
 HUGGING_FACE = ("Hugging Face sdpa", "Hugging Face eager", "Hugging Face sdpa, fused AdamW")
 if ON_GPU:
@@ -127,8 +127,8 @@ def test_pretraining_step(benchmark, size, precision, who):
     config, batch_size, seq_len, rounds = STEPS[size]
     makers = {name: partial(our_step if name.startswith("ours") else their_step, size, precision, name)
               for name in present(STEPPERS)}
-    case = f"pretraining step, {size}, {precision}"
-    turns = measure.take_turns(case, makers, rounds, ProcessContestant)
+    case = f"pretraining step, {size}, {batch_size} sequences, {precision}"
+    turns = measure.take_turns(case, makers, rounds, ProcessContestant, warmup=2 if ON_GPU else 1)
     step, _ = make_batch(config, batch_size, seq_len)
     flops = 3 * measure.model_flops(config, batch_size, seq_len, step.num_predictions)
     measure.report(benchmark, case, who, turns, flops, precision, tokens=batch_size * seq_len)
@@ -157,6 +157,6 @@ def test_fill_mask(benchmark, batch_size, who):
     makers = {name: partial(make_filler, name, batch_size, seq_len)
               for name in present(("ours", "Hugging Face sdpa"))}
     case = f"fill-mask, BASE, batch of {batch_size}"
-    turns = measure.take_turns(case, makers, 5, ProcessContestant)
+    turns = measure.take_turns(case, makers, 3, ProcessContestant, warmup=1)
     flops = measure.model_flops(config, batch_size, seq_len, batch_size)
     measure.report(benchmark, case, who, turns, flops, tokens=batch_size * seq_len, texts=batch_size)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import study
-from study import Arm, Study, center, compare, grouped, show, values
+from study import Arm, Study, apart, center, compare, grouped, show, values
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,14 @@ class DataSize(Study):
         gain_of_steps = center(cells[large, short], "eval_loss") - center(cells[large, long], "eval_loss")
         verdict = (f"From the least to all of the data, at the longest training: {show(gain_of_data)} nats a "
                    f"token; from the shortest to the longest, with all of the data: {show(gain_of_steps)}. ")
-        if gain_of_data > 0 and gain_of_steps > 0:
+        best = cells[large, long]
+        helps = [apart(best, cells[small, long]), apart(best, cells[large, short])]
+        if helps == [1, 1]:
             verdict += "Both help, as in the paper"
             verdict += "; there, too, longer training gave more." if gain_of_steps > gain_of_data else (
                 ", where longer training gave more; here data does.")
         else:
-            verdict += "The paper saw both help; here not both do."
+            verdict += "The paper saw both help; here not both do in every seed."
         return [*more, *longer, verdict]
 
 

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Everything in bench/ on one GPU, in under nine minutes: benchmarks, then as many of the studies as there is
-# time for. Writes JSON, figures and readings to the folder given; a second call goes on with the studies.
+# bench/ on one GPU, nine minutes a call: the benchmarks, then the studies as far as there is time. Writes JSON,
+# figures and readings to the folder given; the next call goes on where this one ended.
 #
 #     bench/gpu.sh OUT [STUDY...]
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: bench/gpu.sh OUT [STUDY...]" >&2; exit 2; }
-cd "$(dirname "$0")/.."
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+out=$(mkdir -p "$1/results" && cd "$1" && pwd) || exit 1
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shift
 studies=("$@")
 [ $# -gt 0 ] || studies=(batch_size masking input_format text_encoding data_size)
 end=$((SECONDS + 530))
 
-mkdir -p "$out/results"
-timeout 300 pytest --benchmark-only --benchmark-json "$out/results/benchmarks-gpu.json" bench
+if [ ! -s "$out/results/benchmarks-gpu.json" ]; then
+  # Of an interrupted session pytest-benchmark still writes what it has.
+  timeout --signal=INT 300 pytest --benchmark-only --benchmark-json "$out/results/benchmarks-gpu.json" bench
+fi
 for study in "${studies[@]}"; do
   left=$((end - SECONDS))
   [ $left -gt 20 ] || { echo "no time left for $study; run: bench/gpu.sh $out $study" >&2; continue; }

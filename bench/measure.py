@@ -67,7 +67,7 @@ class Turns(NamedTuple):
     """What one contestant's rounds took."""
 
     seconds: list[float]
-    peak_memory: int  # bytes: of the GPU, or of the whole process
+    peak_memory: int  # bytes, of the GPU or of the contestant's process; 0 where it has none of its own
 
 
 class Contestant:
@@ -77,14 +77,13 @@ class Contestant:
         self.run = make()
 
     def round(self) -> tuple[float, int]:
-        """Returns the seconds of one call, a GPU waited for, and the highest memory use in bytes."""
+        """Returns the seconds of one call, a GPU waited for, and 0: see ProcessContestant."""
         gc.collect()
-        reset_peak_memory()
         synchronize()
         started = time.perf_counter()
         self.run()
         synchronize()
-        return time.perf_counter() - started, peak_memory()
+        return time.perf_counter() - started, 0  # of this process's memory others hold the most
 
     def end(self) -> None:
         del self.run
@@ -102,9 +101,9 @@ class ProcessContestant(Contestant):
         theirs.close()
 
     def round(self) -> tuple[float, int]:
+        """Returns the seconds of one call, and the highest memory use of the GPU or the process in bytes."""
         self.pipe.send("round")
-        result = self.pipe.recv()  # raises EOFError if it died; its traceback is on stderr
-        return result
+        return self.pipe.recv()  # raises EOFError if it died; its traceback is on stderr
 
     def end(self) -> None:
         self.pipe.close()
@@ -117,7 +116,11 @@ def serve(make: Callable[[], Callable], pipe: Connection) -> None:
     contestant = Contestant(make)
     with contextlib.suppress(EOFError):
         while pipe.recv():
-            pipe.send(contestant.round())
+            reset_peak_memory()
+            seconds, _ = contestant.round()
+            pipe.send((seconds, peak_memory()))
+            if ON_GPU:
+                torch.cuda.empty_cache()  # the others need the room
 
 
 _done: dict[str, dict[str, Turns]] = {}  # by case: its tests, one for each contestant, share the rounds
@@ -132,13 +135,15 @@ def take_turns(case: str, makers: dict[str, Callable[[], Callable]], rounds: int
     if case not in _done:
         contestants = {name: kind(make) for name, make in makers.items()}
         found = {name: [] for name in contestants}
-        for number in range(-warmup, rounds):
-            for name, contestant in contestants.items():
-                result = contestant.round()
-                if number >= 0:
-                    found[name].append(result)
-        for contestant in contestants.values():
-            contestant.end()
+        try:
+            for number in range(-warmup, rounds):
+                for name, contestant in contestants.items():
+                    result = contestant.round()
+                    if number >= 0:
+                        found[name].append(result)
+        finally:
+            for contestant in contestants.values():
+                contestant.end()
         _done[case] = {name: Turns([seconds for seconds, _ in results], max(peak for _, peak in results))
                        for name, results in found.items()}
     return _done[case]
@@ -198,7 +203,7 @@ _rates: dict[str, float] = {}
 
 
 def matmul_rate(precision: str) -> float:
-    """Returns the FLOP/s of a large matrix product here and now: what no model can exceed."""
+    """Returns the FLOP/s of a large matrix product on this machine, measured once in each session."""
     if precision not in _rates:
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         size = 8192 if ON_GPU else 2048

@@ -100,14 +100,14 @@ def draw(cases: dict[str, list[dict]], machine: dict[str, Any], peers: Path, roo
     shares = [(f"{case}: {info['who']}", info["share_of_matmul_rate"]) for case, infos in cases.items()
               for info in infos if "share_of_matmul_rate" in info]
     for path, bars, label, form, limit in (
-        (peers, rows, "time of a peer, times ours: beyond 1 it is slower", "{:.2g}×", 1),
+        (peers, rows, "time, as a multiple of ours: beyond 1 it is slower", "{:.2g}×", 1),
         (roofline, shares, "model FLOP/s, share of a large matrix product's in the same run", "{:.0%}", 1),
     ):
         if not bars:
             continue
         figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.36 * len(bars)), layout="constrained")
         for i, (name, value) in enumerate(reversed(bars)):
-            ours = name.endswith(("ours", "ours compiled"))
+            ours = ": ours" in name
             style = {"color": COLORS[0]} if ours else {"color": COLORS[4], "hatch": "//"}
             axes.barh(i, value, edgecolor="white", **style)
             axes.annotate(form.format(value), (value, i), (3, 0), textcoords="offset points", fontsize=8,

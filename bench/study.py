@@ -5,8 +5,8 @@
     python bench/batch_size.py --scale gpu --corpus books/ wiki/  # minutes on one large GPU, on your own text
 
 A study is `train.py` run many times, nothing else: every run has its own directory, with its log and its
-checkpoints, and a second call of the same command finishes what is missing. Runs share the cores, one thread
-each, for a small model gains little from a second thread.
+checkpoints, and a second call of the same command finishes what is missing. Runs share the cores, by default
+a thread each, for a small model gains little from a second one.
 
 A reading is written by the program from the numbers, by rules that stand in the study's file: it says what
 was seen and whether the paper saw the same, and it cannot be tuned without the rule being changed.
@@ -122,7 +122,7 @@ class Study:
         self.runs = Path(options.out) / f"{self.name}-{options.scale}"
 
     def arms(self) -> Iterable[Arm]:
-        """Yields the cells of the grid, the longest runs first: the cores are then busy to the end."""
+        """Yields the cells of the grid; best the longest runs first: the cores are then busy to the end."""
         raise NotImplementedError
 
     def figures(self, records: list[dict]) -> dict[str, Any]:
@@ -151,9 +151,8 @@ class Study:
         vocab_size = vocab_size or self.scale.vocab_size
         whole = self.data / f"units{vocab_size}"
         config = PrepareConfig(tuple(self.options.corpus), str(whole), vocab_size, workers=self.options.jobs)
-        if not (whole / "manifest.json").exists():
-            with quietly(self.data / f"{whole.name}.log"):
-                prepare(config)
+        with quietly(self.data / f"{whole.name}.log"):
+            prepare(config)  # returns at once if it is there; refuses, if it is of another corpus
         if share == 1:
             return whole
         part = self.data / f"{whole.name}-share{share:g}"
@@ -173,7 +172,7 @@ class Study:
         return (document for part in find_parts(corpus) for document in read_documents(*part))
 
     def config(self, data: Path, max_steps: int, **changes: Any) -> train.TrainConfig:
-        """Returns a pretraining run at this scale; 6 % of it is warm-up, and it is evaluated five times."""
+        """Returns a pretraining run at this scale: 6 % of it warm-up, evaluated five times if not changed."""
         scale = self.scale
         shape = {name: getattr(scale, name) for name in ("hidden_size", "num_hidden_layers",
                  "num_attention_heads", "seq_len", "batch_size", "peak_lr")}
@@ -191,14 +190,18 @@ class Study:
         """Does one run, or finds it done; returns its record."""
         torch.set_num_threads(max(1, train.cores() // self.options.jobs))
         out = self.runs / f"{arm.name}-seed{seed}"
-        with quietly(out.with_suffix(".log")):
-            results = train.train(replace(arm.config, out=str(out), seed=seed))
+        with quietly(Path(f"{out}.log")):
+            try:
+                results = train.train(replace(arm.config, out=str(out), seed=seed))
+            except FloatingPointError as error:
+                raise ValueError(f"{out.name} diverged: {error}") from None
         curve = [[line["step"], line["eval_loss"]] for line in train.read_log(out) if "eval_loss" in line]
         return {**arm.values, "seed": seed, **results, "curve": curve}
 
     def run(self) -> None:
         """Does all runs, several at a time; then writes the records, the figures and the reading."""
         started, records = time.monotonic(), []
+        self.prepared()  # refuses an --out that holds another corpus, before anything is made from it
         arms = list(self.arms())
         jobs = [(arm, seed) for seed in range(self.scale.seeds) for arm in arms]
         say(f"{self.name}: {len(jobs)} runs, {self.options.jobs} at a time, in {self.runs}")
@@ -239,6 +242,7 @@ class Study:
         """Draws the figures and writes the reading, from NAME-SCALE.json."""
         results, stem = self.files()
         about = read_json(results / f"{stem}.json")
+        self.scale = replace(self.scale, seeds=about["scale"]["seeds"])
         records, pictures = about["runs"], []
         reading = self.reading(records)
         for ending, figure in self.figures(records).items():
@@ -249,7 +253,9 @@ class Study:
             os.replace(results / f".{name}", results / name)
             pictures.append(f"![{self.title}]({name})")
         head, *rows = self.table(records)
-        lines = [f"# {self.title}", "", f"{self.scale.seeds} seeds, {records[0]['parameters']:,} parameters, "
+        sizes = sorted({record["parameters"] for record in records})
+        lines = [f"# {self.title}", "", f"{self.scale.seeds} seeds, "
+                 f"{' to '.join(f'{size:,}' for size in dict.fromkeys((sizes[0], sizes[-1])))} parameters, "
                  f"{about['machine']}, torch {about['torch']}; `{about['command']}`", "", *pictures, "",
                  *(f"- {sentence}" for sentence in [f"The paper: {self.paper}", *reading, self.caveat]), "",
                  "| " + " | ".join(head) + " |", "|---" * len(head) + "|",
@@ -350,11 +356,13 @@ def rounded(value: Any) -> Any:
 
 def machine() -> dict[str, str]:
     """Returns what a figure depends on beside the code: date, commit, hardware, versions."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    git = subprocess.run(git, capture_output=True, text=True)
+    commit = "unknown"
+    with contextlib.suppress(OSError):  # no git on this machine
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
     gpu = torch.cuda.is_available()
     hardware = torch.cuda.get_device_name() if gpu else f"{train.cores()} CPU cores ({processor()})"
-    return {"date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip() or "unknown", "machine": hardware,
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": hardware,
             "torch": torch.__version__, "python": platform.python_version(),
             "precision": "fp16" if gpu else "fp32"}
 
@@ -465,7 +473,7 @@ def main(study: type[Study], argv: Sequence[str] | None = None) -> None:
     study.add_flags(parser)
     options = parser.parse_args(argv)
     if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
-        parser.error(f"--jobs {options.jobs} and --seeds {options.seeds} must be at least 1")
+        parser.error(f"--jobs {options.jobs} and --seeds {options.seeds or 0} must be at least 1")
     try:
         study(options).publish() if options.redraw else study(options).run()
     except (ValueError, OSError, FloatingPointError) as error:
