@@ -3,9 +3,9 @@
     python bench/input_format.py --scale cpu
     python bench/input_format.py --scale cpu --task mnli --task-data glue
 
-Varied: what a sequence is made of. Held: tokens a step (the formats of short sequences have more of them),
-steps, model, text. Every format is evaluated on the same held-out set, in FULL-SENTENCES, and fine-tuned on
-the same downstream task.
+Varied: what a sequence is made of. Held: real tokens (the formats of short sequences have more of them in a
+step; FULL-SENTENCES, which pads, takes more steps), model, text. Every format is evaluated on the same held-out
+set, in FULL-SENTENCES, and fine-tuned on the same downstream task.
 
 CHOICE: without --task the task is made of the text itself, so that the study needs no other data: is a
 sentence as it was written, or are its words shuffled, but for the first and the last? It is about single
@@ -25,7 +25,7 @@ import study
 from study import Arm, Study, apart, compare, grouped, show, values
 
 import finetune
-from data import Corpus, draw, write_atomically
+from data import Corpus, Sequences, draw, write_atomically
 
 FORMATS = ("segment-pair", "sentence-pair", "full-sentences", "doc-sentences")
 
@@ -62,14 +62,20 @@ class InputFormats(Study):
         if self.task is None:
             self.task, self.task_data = "sst-2", str(self.data / f"word-order-{self.scale.examples}")
             write_word_order(data, Path(self.task_data), self.scale.examples)
-        steps = self.scale.sequences // self.scale.batch_size
         for input_format in FORMATS:
+            # The others fill a step up to the tokens of full sequences; FULL-SENTENCES has so many sequences,
+            # and where the next sentence does not fit, padding.
+            sequences = Sequences(Corpus(data), input_format, self.scale.seq_len)
+            lengths = sequences.epoch(0, 0).sizes + sequences.special_tokens
+            filled = lengths.mean() / self.scale.seq_len if input_format == "full-sentences" else 1.0
+            steps = round(self.scale.sequences / self.scale.batch_size / filled)
             yield Arm({"input_format": input_format}, self.config(data, steps, input_format=input_format))
 
     def measure(self, arm: Arm, seed: int) -> dict[str, Any]:
         record, out = super().measure(arm, seed), self.runs / f"{arm.name}-seed{seed}"
+        name = f"-{self.options.task}" if self.options.task else ""
         config = finetune.FinetuneConfig(
-            task=self.task, data=self.task_data, model=str(out), out=f"{out}-downstream-{self.task}", seed=seed,
+            task=self.task, data=self.task_data, model=str(out), out=f"{out}-downstream{name}", seed=seed,
             epochs=self.scale.epochs, peak_lr=self.scale.peak_lr / 2, checkpoint_interval=10**9,
         )
         with study.quietly(Path(f"{out}.log")):
