@@ -4,8 +4,8 @@
     python bench/input_format.py --scale cpu --task mnli --task-data glue
 
 Varied: what a sequence is made of. Held: real tokens (the formats of short sequences have more of them in a
-step; FULL-SENTENCES, which pads, takes more steps), model, text. Every format is evaluated on the same held-out
-set, in FULL-SENTENCES, and fine-tuned on the same downstream task.
+step; FULL-SENTENCES, which pads, takes more steps), model, text. Every format is evaluated on the same
+held-out set, in FULL-SENTENCES, and fine-tuned on the same downstream task.
 
 CHOICE: without --task the task is made of the text itself, so that the study needs no other data: is a
 sentence as it was written, or are its words shuffled, but for the first and the last? It is about single
