@@ -218,7 +218,7 @@ def keep_freed_memory() -> None:
     """Has the C library keep the memory of freed tensors for the next ones, as torch itself does on a GPU.
 
     glibc returns large blocks to the system at once, and for every new one the system clears each page anew:
-    with BASE on a CPU that is a third of a step (bench/RESULTS.md). Another C library is left as it is.
+    with BASE on a CPU that takes a quarter of a step (bench/RESULTS.md). Another C library is left as it is.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

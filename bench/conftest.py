@@ -8,7 +8,9 @@ import train
 
 def pytest_ignore_collect(collection_path, config):
     """Leaves the bench_*.py files to --benchmark-only: plain `pytest` runs the tests."""
-    if collection_path.name.startswith("bench_") and not config.getoption("--benchmark-only"):
+    is_benchmark = collection_path.name.startswith("bench_")
+    # This file holds no doctests, and tests/ has one of its name, which pytest would take it for.
+    if collection_path.name == "conftest.py" or is_benchmark and not config.getoption("--benchmark-only"):
         return True
 
 
@@ -16,7 +18,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     """Adds what the figures depend on, takes out what names the machine."""
     import study
 
-    machine_info.pop("node", None)
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
     machine_info |= {"device": measure.device_name(), **study.machine()}
 
 
