@@ -8,9 +8,7 @@ import train
 
 def pytest_ignore_collect(collection_path, config):
     """Leaves the bench_*.py files to --benchmark-only: plain `pytest` runs the tests."""
-    is_benchmark = collection_path.name.startswith("bench_")
-    # This file holds no doctests, and tests/ has one of its name, which pytest would take it for.
-    if collection_path.name == "conftest.py" or is_benchmark and not config.getoption("--benchmark-only"):
+    if collection_path.name.startswith("bench_") and not config.getoption("--benchmark-only"):
         return True
 
 
