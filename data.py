@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -710,13 +711,17 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterato
 
 
 def _start_worker(parent: int) -> None:
+    """Ties a worker's life to its parent's: an orphan would go on writing where the next run writes too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":  # where the kernel can do it, at once
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os._exit(1)  # an orphan would wait for work for ever: its siblings keep the pipe open
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import measure
 import pytest
@@ -66,6 +67,15 @@ def tokenizer() -> Tokenizer:
     return train_bpe(measure.documents(10), 32768, workers=train.cores())
 
 
+def hugging_face_tokenizer() -> Any:
+    """Returns Hugging Face's fast tokenizer with our vocabulary."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer().save_pretrained(directory)
+        return transformers.RobertaTokenizerFast.from_pretrained(directory)
+
+
 def make_encoder(who: str, texts: tuple[str, ...], threads: int) -> Callable[[], object]:
     """Returns a function that encodes texts, to ids of the vocabulary."""
     ours = tokenizer()
@@ -75,11 +85,7 @@ def make_encoder(who: str, texts: tuple[str, ...], threads: int) -> Callable[[],
         if threads == 1:
             return lambda: [ours._bpe.encode_ordinary(text) for text in texts]
         return lambda: ours._bpe.encode_ordinary_batch(list(texts), num_threads=threads)
-    import transformers
-
-    with tempfile.TemporaryDirectory() as directory:
-        ours.save_pretrained(directory)
-        theirs = transformers.RobertaTokenizerFast.from_pretrained(directory)
+    theirs = hugging_face_tokenizer()
     sample = texts[0][:2000]  # in a longer one the characters "<s>" may stand, which they take for the token
     if theirs(sample, add_special_tokens=False)["input_ids"] != ours.encode(sample):
         raise ValueError("Hugging Face's tokenizer gives other ids; this is no comparison")

@@ -15,7 +15,7 @@ import measure
 import numpy as np
 import pytest
 import torch
-from bench_bpe import HUGGING_FACE, tokenizer
+from bench_bpe import HUGGING_FACE, hugging_face_tokenizer, tokenizer
 from measure import CLOCK
 
 import finetune
@@ -46,9 +46,7 @@ def make_masker(who: str, ids: np.ndarray) -> Callable[[], object]:
         return lambda: mask_tokens(ids, rows, next(number), seed=0, vocab_size=vocab_size)
     import transformers
 
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer().save_pretrained(directory)
-        theirs = transformers.RobertaTokenizerFast.from_pretrained(directory)
+    theirs = hugging_face_tokenizer()
     collator = transformers.DataCollatorForLanguageModeling(theirs, mlm_probability=0.15)
     examples = [{"input_ids": row} for row in torch.from_numpy(ids)]
     return lambda: collator(examples)
@@ -137,11 +135,7 @@ def make_features(who: str, examples: list[finetune.Example], seq_len: int) -> C
     if who == "ours":
         config = finetune.FinetuneConfig(task="squad1", doc_stride=100)
         return lambda: finetune.head_of(config).encode(examples, tokenizer(), seq_len)
-    import transformers
-
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer().save_pretrained(directory)
-        theirs = transformers.RobertaTokenizerFast.from_pretrained(directory)
+    theirs = hugging_face_tokenizer()
     asked, passages = ([example.texts[i] for example in examples] for i in (0, 1))
     answers = [example.label[0] for example in examples]
 
@@ -193,9 +187,7 @@ def make_epoch(who: str, pairs: list[tuple[str, str]]) -> Callable[[], object]:
         return epoch
     import transformers
 
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer().save_pretrained(directory)
-        theirs = transformers.RobertaTokenizerFast.from_pretrained(directory)
+    theirs = hugging_face_tokenizer()
     collator = transformers.DataCollatorWithPadding(theirs)
     first, second = map(list, zip(*pairs))
 

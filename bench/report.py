@@ -99,9 +99,9 @@ def draw(cases: dict[str, list[dict]], machine: dict[str, Any], peers: Path, roo
             if "times_ours" in info]
     shares = [(f"{case}: {info['who']}", info["share_of_matmul_rate"]) for case, infos in cases.items()
               for info in infos if "share_of_matmul_rate" in info]
-    for path, bars, label, form, limit in (
-        (peers, rows, "time, as a multiple of ours: beyond 1 it is slower", "{:.2g}×", 1),
-        (roofline, shares, "model FLOP/s, share of a large matrix product's in the same run", "{:.0%}", 1),
+    for path, bars, label, form in (
+        (peers, rows, "time, as a multiple of ours: beyond 1 it is slower", "{:.2g}×"),
+        (roofline, shares, "model FLOP/s, share of a large matrix product's in the same run", "{:.0%}"),
     ):
         if not bars:
             continue
@@ -112,7 +112,7 @@ def draw(cases: dict[str, list[dict]], machine: dict[str, Any], peers: Path, roo
             axes.barh(i, value, edgecolor="white", **style)
             axes.annotate(form.format(value), (value, i), (3, 0), textcoords="offset points", fontsize=8,
                           va="center")
-        axes.axvline(limit, color="#555555", linestyle="--", linewidth=1)
+        axes.axvline(1, color="#555555", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)], fontsize=7)
         axes.set_xlabel(f"{label}\n{about}", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

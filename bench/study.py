@@ -143,12 +143,12 @@ class Study:
 
     # What the runs are made of.
 
-    def prepared(self, share: float = 1.0, vocab_size: int | None = None) -> Path:
+    def prepared(self, share: float = 1.0) -> Path:
         """Returns a prepared directory with a share of the documents, and always the same held-out ones.
 
         The tokenizer is that of the whole corpus. Shares are nested: what 1/4 has, 1/2 has too.
         """
-        vocab_size = vocab_size or self.scale.vocab_size
+        vocab_size = self.scale.vocab_size
         whole = self.data / f"units{vocab_size}"
         config = PrepareConfig(tuple(self.options.corpus), str(whole), vocab_size, workers=self.options.jobs)
         with quietly(self.data / f"{whole.name}.log"):
