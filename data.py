@@ -349,27 +349,76 @@ class Tokenizer:
         content = json.dumps([sorted(self.vocab.items(), key=lambda item: item[1]), self.merges])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes GPT-2's two files, vocab.json and merges.txt, and what Hugging Face's classes want."""
+    def save_pretrained(self, directory: str | Path, model_max_length: int | None = None) -> None:
+        """Writes vocab.json and merges.txt, GPT-2's two files, and what Hugging Face's programs want.
+
+        model_max_length: where their tokenizer shall cut, in tokens with `<s>` and `</s>`.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        merges = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
-        settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False}
-        write_atomically(directory / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
-        write_atomically(directory / "merges.txt", ("\n".join(merges) + "\n").encode())
-        write_atomically(directory / "tokenizer_config.json", json.dumps(settings).encode())
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        specials = [{"id": vocab[token], "content": token, **plain, "special": True} for token in SPECIAL_TOKENS]
+        specials[-1]["lstrip"] = True  # the space before <mask> belongs to what will be filled in
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        everything = {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials, "normalizer": None,
+            "pre_tokenizer": byte_level, "decoder": byte_level,
+            "post_processor": {"type": "RobertaProcessing", "sep": ["</s>", EOS], "cls": ["<s>", BOS],
+                               "trim_offsets": True, "add_prefix_space": False},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                      "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocab,
+                      "merges": [" ".join(pair) for pair in self.merges]},
+        }
+        settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False,
+                    "mask_token": {"__type": "AddedToken", "content": "<mask>", **plain, "lstrip": True}}
+        if model_max_length is not None:
+            settings["model_max_length"] = model_max_length
+        for name, content in (("vocab.json", vocab), ("tokenizer.json", everything),
+                              ("tokenizer_config.json", settings)):
+            write_atomically(directory / name, json.dumps(content, ensure_ascii=False).encode())
+        write_atomically(directory / "merges.txt", self._merges_file())
+
+    def save_fairseq(self, directory: str | Path) -> None:
+        """Writes encoder.json, vocab.bpe and dict.txt, as fairseq takes them.
+
+        encoder.json numbers the tokens as GPT-2 does, by rank; dict.txt holds these numbers in the order of
+        our ids, with a count that nobody reads. Names that no rank leads to follow the ranks, as GPT-2's
+        <|endoftext|> does, but for fairseq's own madeupword padding: that stands in dict.txt by its name.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tokens = sorted(self.vocab, key=self.vocab.__getitem__)[len(SPECIAL_TOKENS) - 1 : -1]
+        ranks = {spell(self.id_to_bytes[index]): rank for rank, index in enumerate(self.rank_to_id)}
+        padding = {token for token in tokens if token.startswith("madeupword") and token not in ranks}
+        for token in tokens:
+            if token not in padding:
+                ranks.setdefault(token, len(ranks))
+        lines = [f"{token if token in padding else ranks[token]} 1\n" for token in tokens]
+        write_atomically(directory / "encoder.json", json.dumps(ranks).encode())
+        write_atomically(directory / "vocab.bpe", self._merges_file())
+        write_atomically(directory / "dict.txt", "".join(lines).encode())
+
+    def _merges_file(self) -> bytes:
+        return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in self.merges), ""]).encode()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer:
-        """Reads vocab.json and merges.txt, or fairseq's encoder.json, vocab.bpe and dict.txt.
+        """Reads vocab.json and merges.txt, a tokenizer.json, or fairseq's encoder.json, vocab.bpe, dict.txt.
 
-        They may also lie where a run directory or a prepared directory has them. Raises: ValueError.
+        They may also lie where a run directory or a prepared directory has them.
+        Raises: ValueError where there are none, or what they describe is no tokenizer of RoBERTa's kind.
         """
         directory = Path(directory)
         for place in (directory, directory / "checkpoint", directory / "tokenizer"):
+            settings = place / "tokenizer_config.json"
+            if settings.is_file() and read_json(settings).get("add_prefix_space"):
+                raise ValueError(f"{settings}: add_prefix_space is not built; take the entry out and begin each "
+                                 "text with a space instead")
             if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
                 return cls(read_json(place / "vocab.json"), _read_merges(place / "merges.txt"))
+            if (place / "tokenizer.json").is_file():
+                return cls(*_read_tokenizer_json(place / "tokenizer.json"))
             if all((place / name).is_file() for name in ("encoder.json", "vocab.bpe", "dict.txt")):
                 # A line of dict.txt is a GPT-2 id and a count; its number plus four is RoBERTa's id.
                 names = {str(index): token for token, index in read_json(place / "encoder.json").items()}
@@ -377,8 +426,25 @@ class Tokenizer:
                 entries = [line.split(" ")[0] for line in lines]
                 tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
                 return cls({token: i for i, token in enumerate(tokens)}, _read_merges(place / "vocab.bpe"))
-        raise ValueError(f"{directory}: no tokenizer here; it takes vocab.json and merges.txt, or fairseq's "
-                         "encoder.json, vocab.bpe and dict.txt")
+        raise ValueError(f"{directory}: no tokenizer here; it takes vocab.json and merges.txt, tokenizer.json, "
+                         "or fairseq's encoder.json, vocab.bpe and dict.txt")
+
+
+def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Returns vocabulary and merges of a file of Hugging Face's tokenizers library."""
+    content = read_json(path)
+    try:
+        model, before = content["model"], content["pre_tokenizer"]
+        kinds = (model["type"], before["type"], before["add_prefix_space"], content["normalizer"])
+        if kinds != ("BPE", "ByteLevel", False, None):
+            raise ValueError(f"{path}: no byte-level BPE like GPT-2's: model, pre-tokenizer, added space and "
+                             f"normalizer are {kinds}, not ('BPE', 'ByteLevel', False, None)")
+        vocab = model["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+                  for merge in model["merges"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, or no tokenizer ({type(error).__name__}: {error})") from None
+    return vocab, merges
 
 
 def read_json(path: Path) -> dict:

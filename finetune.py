@@ -63,6 +63,8 @@ from roberta import (
     evaluating,
     find_model,
     read_config,
+    read_model,
+    weight_files,
 )
 from train import (
     Run,
@@ -1147,7 +1149,7 @@ def model_shape(config: FinetuneConfig, head: Head) -> RobertaConfig:
     changes = head.model_changes()
     if config.dropout is not None:
         changes |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
-    return replace(read_config(find_model(config.model) / "config.json", {}), **changes)
+    return replace(read_config(config.model), **changes)
 
 
 def build_model(config: FinetuneConfig, head: Head, setup: Setup) -> RobertaModelBase:
@@ -1162,8 +1164,8 @@ def build_model(config: FinetuneConfig, head: Head, setup: Setup) -> RobertaMode
     if config.scratch:
         say(f"random weights of the shape of {config.model}", setup.rank)
         return model
-    before, kind = read_config(source / "config.json", {}), head.model_class
-    same_kind = read_json(source / "config.json").get("architectures") == [kind.__name__]
+    before, kind = read_config(source), head.model_class
+    same_kind = read_model(source)[0].get("architectures") == [kind.__name__]
     keep_head = same_kind and (before.id2label, before.answerability) == (shape.id2label, shape.answerability)
     loaded = (kind if keep_head else RobertaModel).from_pretrained(source)
     (model if keep_head else model.roberta).load_state_dict(loaded.state_dict())
@@ -1306,7 +1308,7 @@ def run_once(config: FinetuneConfig, setup: Setup, head: Head, tokenizer: Tokeni
 @functools.cache
 def weights_of(model: str) -> str:
     """Returns a digest of a model's weights: a run that was begun with others must not go on with them."""
-    return checksum(find_model(model) / "pytorch_model.bin")
+    return "".join(map(checksum, weight_files(find_model(model))))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -985,8 +985,8 @@ def test_heads_are_kept_for_the_same_labels_and_fresh_for_others(tmp_path, model
     again, rte, race = (built(task, tmp_path / "mnli") for task in ("mnli", "rte", "race"))
     for other in (again, rte, race):
         assert torch.equal(other.roberta.blocks[0].ffn_in.weight, mnli.roberta.blocks[0].ffn_in.weight)
-    assert torch.equal(again.projection.weight, mnli.projection.weight)
-    assert rte.projection.weight.shape == (2, 32) and not torch.equal(rte.dense.weight, mnli.dense.weight)
+    assert torch.equal(again.classifier.out_proj.weight, mnli.classifier.out_proj.weight)
+    assert rte.classifier.out_proj.weight.shape == (2, 32) and not torch.equal(rte.classifier.dense.weight, mnli.classifier.dense.weight)
     assert isinstance(race, roberta.RobertaForMultipleChoice)
     assert built("squad2", model).answerable is not None and built("squad1", model).answerable is None
 
@@ -997,8 +997,8 @@ def test_scratch_is_random_and_seeds_differ_in_the_head(model):
     assert torch.equal(a.roberta.embeddings.tokens.weight, pretrained)
     assert torch.equal(b.roberta.embeddings.tokens.weight, pretrained)
     assert not torch.equal(scratch.roberta.embeddings.tokens.weight, pretrained)
-    assert not torch.equal(a.dense.weight, b.dense.weight)
-    assert torch.equal(a.dense.weight, built("rte", model).dense.weight)
+    assert not torch.equal(a.classifier.dense.weight, b.classifier.dense.weight)
+    assert torch.equal(a.classifier.dense.weight, built("rte", model).classifier.dense.weight)
     assert built("rte", model, dropout=0.3).config.hidden_dropout_prob == 0.3
 
 
