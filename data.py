@@ -358,12 +358,13 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        specials = [{"id": vocab[token], "content": token, **plain, "special": True} for token in SPECIAL_TOKENS]
+        specials = [{"id": vocab[token], "content": token, **plain, "special": True}
+                    for token in SPECIAL_TOKENS]
         specials[-1]["lstrip"] = True  # the space before <mask> belongs to what will be filled in
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         everything = {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials, "normalizer": None,
-            "pre_tokenizer": byte_level, "decoder": byte_level,
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials,
+            "normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level,
             "post_processor": {"type": "RobertaProcessing", "sep": ["</s>", EOS], "cls": ["<s>", BOS],
                                "trim_offsets": True, "add_prefix_space": False},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
@@ -413,8 +414,8 @@ class Tokenizer:
         for place in (directory, directory / "checkpoint", directory / "tokenizer"):
             settings = place / "tokenizer_config.json"
             if settings.is_file() and read_json(settings).get("add_prefix_space"):
-                raise ValueError(f"{settings}: add_prefix_space is not built; take the entry out and begin each "
-                                 "text with a space instead")
+                raise ValueError(f"{settings}: add_prefix_space is not built; take the entry out and begin "
+                                 "each text with a space instead")
             if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
                 return cls(read_json(place / "vocab.json"), _read_merges(place / "merges.txt"))
             if (place / "tokenizer.json").is_file():
@@ -426,8 +427,8 @@ class Tokenizer:
                 entries = [line.split(" ")[0] for line in lines]
                 tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
                 return cls({token: i for i, token in enumerate(tokens)}, _read_merges(place / "vocab.bpe"))
-        raise ValueError(f"{directory}: no tokenizer here; it takes vocab.json and merges.txt, tokenizer.json, "
-                         "or fairseq's encoder.json, vocab.bpe and dict.txt")
+        raise ValueError(f"{directory}: no tokenizer here; it takes vocab.json and merges.txt, or "
+                         "tokenizer.json, or fairseq's encoder.json, vocab.bpe and dict.txt")
 
 
 def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

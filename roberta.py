@@ -2,10 +2,12 @@
 to use.
 
     python roberta.py runs/tiny "Returns a new array of given <mask> and type."
+    python roberta.py export runs/tiny exported --format fairseq
 
 The architecture is BERT's (§2); what RoBERTa changed is how it is trained (train.py) and what it reads
-(data.py). The file follows a token upwards: config, embeddings, self-attention, block, encoder, heads, then
-initialisation, loading and saving, and filling masks.
+(data.py). The first half of the file follows a token upwards: config, embeddings, self-attention, block,
+encoder, heads. The second half is about files, ours, Hugging Face's and fairseq's: what they call the
+weights, finding and opening them, and writing fairseq's.
 
 Legend: B micro-batch, T tokens, M predicted positions, C hidden_size, H heads, D head_size = C / H,
 F intermediate_size, V vocabulary. Batch first. Masks are bool, True = real token.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import pickle
@@ -39,8 +42,7 @@ if TYPE_CHECKING:
 # Config
 # ----------------------------------------------------------------------------------------------------------
 
-
-MAX_SIZE = 1 << 24  # no field of a real config is larger; what is, would only fill the memory
+LARGEST = {"num_labels": 1 << 16, "num_hidden_layers": 1 << 12}  # what is beyond would only fill the memory
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ class RobertaConfig:
             value = getattr(self, f.name)
             if value is None and "None" in f.type:
                 continue
-            lowest = 0 if f.name.endswith("_id") else 1
-            if f.type.startswith("int") and not (type(value) is int and lowest <= value < MAX_SIZE):
-                raise ValueError(f"{f.name} {value!r} must be a whole number from {lowest} to {MAX_SIZE - 1}")
+            low, high = 0 if f.name.endswith("_id") else 1, LARGEST.get(f.name, 1 << 24)
+            if f.type.startswith("int") and not (type(value) is int and low <= value < high):
+                raise ValueError(f"{f.name} {value!r} must be a whole number from {low} to {high - 1}")
             if f.type.startswith("float") and not (type(value) in (int, float) and 0 <= value < 1):
                 raise ValueError(f"{f.name} {value!r} must be a number from 0 to less than 1")
         if self.hidden_size % self.num_attention_heads:
@@ -226,6 +228,7 @@ class RobertaModelBase(nn.Module):
     architecture: str | None = None  # Hugging Face's class for such a model, if not of the same name
     head_keys: dict[str, str] = {}  # our names of the head's modules -> Hugging Face's, see KEYS below
     extra_keys: tuple[str, ...] = ()  # what Hugging Face's class has no place for, by how its keys begin
+    classification_keys: tuple[str, str] | None = None  # how the two layers of its classification head do
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
@@ -292,9 +295,9 @@ class RobertaModelBase(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         if others := [name for name in WEIGHT_FILES if (directory / name).exists() and name != WEIGHTS]:
             raise ValueError(f"{directory} holds {others[0]} already; save to another directory")
-        weights = self.to_hugging_face()
+        weights, architecture = self.to_hugging_face(), self.architecture or type(self).__name__
         extra = {key: weights.pop(key) for key in list(weights) if key.startswith(self.extra_keys)}
-        (directory / "config.json").write_text(self.config.to_json(self.architecture or type(self).__name__), encoding="utf-8")
+        (directory / "config.json").write_text(self.config.to_json(architecture), encoding="utf-8")
         torch.save(weights, directory / WEIGHTS)
         if extra:
             torch.save(extra, directory / EXTRA_WEIGHTS)
@@ -315,8 +318,8 @@ class RobertaModelBase(nn.Module):
         """
         directory = find_model(directory)
         entries, weights = read_model(directory)
-        if cls in (RobertaForSequenceClassification, RobertaForMultipleChoice):
-            weights = use_head(weights, head, cls, directory)
+        if cls.classification_keys:
+            weights = use_head(weights, head, cls.classification_keys, directory)
         config = make_config(entries, weights, changes, directory)
         with torch.device("meta"):  # no memory yet: what the config asks for may be absurd
             model = cls(config)
@@ -329,31 +332,19 @@ class RobertaModelBase(nn.Module):
         if self.config.type_vocab_size == 1:  # there it has a row, and ours is part of the positions
             weights[TOKEN_TYPES] = torch.zeros(1, self.config.hidden_size, device=self.device)
         if "lm_head.bias" in weights:  # there it is repeated, as is the embedding where the decoder is tied
-            weights.setdefault("lm_head.decoder.weight", weights[WORDS])
+            weights.setdefault(DECODER, weights[WORDS])
             weights["lm_head.decoder.bias"] = weights["lm_head.bias"]
         return weights
 
     def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> None:
         """Copies weights under Hugging Face's keys into this model, after all of them have been checked.
 
-        A head that none of them belongs to is left as it is, or on the meta device drawn at random; the heads
-        of other models are passed over. Raises: ValueError naming a weight that is missing, has no place
-        here, has another shape or is not finite.
+        A head that none of them belongs to stays as it is, or on the meta device is drawn at random; the
+        heads of other models are passed over. Raises: ValueError, see `check_weights`.
         """
-        weights = derive(weights, self.config, source)
+        weights = arrange(weights, self.config)
         ours = {self.hugging_face_key(name): value for name, value in self.state_dict().items()}
-        head = [key for key in ours if not key.startswith((*ENCODER, "lm_head."))]
-        fresh = [key for key in ours if key not in weights]
-        if fresh and fresh != head:
-            lacking = [key for key in fresh if key not in head] or fresh
-            raise ValueError(f"{source}: {len(lacking)} weights are missing, first of all {lacking[0]}")
-        other_heads = tuple(name for name in HEADS if not any(key.startswith(name) for key in ours))
-        extra = [key for key in weights if key not in ours and not key.startswith(other_heads)]
-        if extra:
-            raise ValueError(f"{source}: {len(extra)} weights have no place in a {type(self).__name__} of this "
-                             f"shape, first of all {extra[0]}")
-        for key, value in ours.items():
-            check_weight(key, weights.get(key, value), value, source)
+        fresh = check_weights(weights, ours, source)
         if self.device.type == "meta":
             self.to_empty(device="cpu")
             for name, module in self.named_modules():
@@ -367,9 +358,12 @@ class RobertaModelBase(nn.Module):
     @classmethod
     def hugging_face_key(cls, name: str) -> str:
         """Returns Hugging Face's key of one of our parameters."""
+        if name.startswith("classification_heads."):
+            return name
         for ours, theirs in [*cls.head_keys.items(), *KEYS.items()]:
             name = name.replace(ours, theirs)
         return "roberta." + name if cls is RobertaModel else name
+
 
 class RobertaModel(RobertaModelBase):
     """The encoder: a vector for each token, from the whole text around it."""
@@ -408,9 +402,9 @@ class RobertaModel(RobertaModelBase):
     @torch.inference_mode()
     def extract_features(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None = None,
                          return_all_hiddens: bool = False) -> Tensor | list[Tensor]:
-        """Returns hidden states of a text or a pair, (1, T, C) with the specials, or of ids (B, T); no dropout.
+        """Returns hidden states of a text or a pair, (1, T, C) with the specials, or of ids, (B, T, C).
 
-        return_all_hiddens: those of the embeddings and of every layer, as a list.
+        return_all_hiddens: those of the embeddings and of every layer, as a list. No dropout.
         """
         with evaluating(self):
             return self(self.to_ids(text, tokenizer), return_all_hiddens=return_all_hiddens)
@@ -501,14 +495,15 @@ class RobertaForMaskedLM(RobertaModelBase):
         self.classification_heads = nn.ModuleDict()
         self.init_weights()
 
-    def register_classification_head(self, name: str, num_classes: int, inner_size: int | None = None) -> None:
+    def register_classification_head(self, name: str, num_classes: int,
+                                     inner_size: int | None = None) -> None:
         """Adds a classification head for `predict`, drawn at random; one of that name is replaced."""
-        if not re.fullmatch(r"\w+", name):
-            raise ValueError(f"a head's name may hold letters, digits and _, not {name!r}")
+        if not name or "." in name:
+            raise ValueError(f"a head's name may not be empty or hold a dot: {name!r}")
         head = ClassificationHead(self.config, num_classes, inner_size).to(self.device)
         for module in head.modules():
             self.init_module(module)
-        self.classification_heads[name] = head
+        self.classification_heads[name] = head.train(self.training)
 
     def predict(self, head: str, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None = None,
                 return_logits: bool = False) -> Tensor:
@@ -517,15 +512,16 @@ class RobertaForMaskedLM(RobertaModelBase):
         Gradients flow, so it serves for training as well. Raises: ValueError for a name without a head.
         """
         if head not in self.classification_heads:
-            raise ValueError(f"no classification head {head!r}, only {list(self.classification_heads)}; add it "
-                             f"with register_classification_head({head!r}, num_classes)")
+            raise ValueError(f"no classification head {head!r}, only {list(self.classification_heads)}; add "
+                             f"it with register_classification_head({head!r}, num_classes)")
         logits = self.classification_heads[head](self.roberta(self.to_ids(text, tokenizer)))
         return logits if return_logits else logits.log_softmax(-1)
 
     def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> None:
         """See RobertaModelBase.load_hugging_face. Named classification heads are registered first."""
         for key, weight in weights.items():
-            if (match := re.fullmatch(r"classification_heads\.(\w+)\.out_proj\.weight", key)) and weight.ndim == 2:
+            match = re.fullmatch(r"classification_heads\.([^.]+)\.out_proj\.weight", key)
+            if match and weight.ndim == 2:
                 with self.device:
                     self.register_classification_head(match[1], *weight.shape)
         super().load_hugging_face(weights, source)
@@ -625,6 +621,8 @@ class RobertaForPreTraining(RobertaForMaskedLM):
 class RobertaForSequenceClassification(RobertaModelBase):
     """A label (or with one label, a value) for a text or pair (§5.1)."""
 
+    classification_keys = ("classifier.dense.", "classifier.out_proj.")
+
     def __init__(self, config: RobertaConfig):
         super().__init__(config)
         self.roberta = RobertaModel(config)
@@ -641,6 +639,7 @@ class RobertaForMultipleChoice(RobertaModelBase):
     """A score for each of N candidates, encoded one by one with the question and passage (§5.3, RACE)."""
 
     head_keys = {"pooler.": "roberta.pooler."}
+    classification_keys = ("roberta.pooler.dense.", "classifier.")
 
     def __init__(self, config: RobertaConfig):
         super().__init__(config)
@@ -701,7 +700,7 @@ KEYS = {
     "ffn_norm.": "output.LayerNorm.",
 }
 
-# Hugging Face's names -> fairseq's, in this order; backwards from the last to the first.
+# Hugging Face's names -> fairseq's, one after the other; the way back is from the last to the first.
 FAIRSEQ_KEYS = {
     "roberta.embeddings.word_embeddings.": "encoder.sentence_encoder.embed_tokens.",
     "roberta.embeddings.position_embeddings.": "encoder.sentence_encoder.embed_positions.",
@@ -716,57 +715,108 @@ FAIRSEQ_KEYS = {
     "intermediate.dense.": "fc1.",
     "output.dense.": "fc2.",
     "output.LayerNorm.": "final_layer_norm.",
-    "lm_head.decoder.": "encoder.lm_head.",
     "lm_head.": "encoder.lm_head.",
+    "encoder.lm_head.decoder.weight": "encoder.lm_head.weight",
 }
+
 WORDS = "roberta.embeddings.word_embeddings.weight"
 POSITIONS = "roberta.embeddings.position_embeddings.weight"
 TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
-ENCODER = ("roberta.embeddings.", "roberta.encoder.")  # what the keys of every model's encoder begin with
+DECODER = "lm_head.decoder.weight"
+# How the keys of encoders begin, and those of heads, which a model of another kind passes over.
+ENCODER = ("roberta.embeddings.", "roberta.encoder.")
 HEADS = ("lm_head.", "classifier.", "qa_outputs.", "roberta.pooler.", "answerable.", "nsp_head.",
-         "classification_heads.")  # and those of heads
-IGNORED = re.compile(r".*(position_ids|token_type_ids|\.version|_float_tensor)")  # buffers without a content
+         "classification_heads.")
+# Never read: buffers without a content, and copies of a layer's weights that fairseq keeps.
+IGNORED = re.compile(r".*(position_ids|token_type_ids|\.version|_float_tensor)|"
+                     r".*\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
 
 
-def derive(weights: dict[str, Tensor], config: RobertaConfig, source: object) -> dict[str, Tensor]:
-    """Returns the weights as our models hold them: what is in them twice or says nothing is left out."""
+def normalise(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights under the keys of Hugging Face's models with a head, and the LM's bias once."""
     weights = {key: value for key, value in weights.items() if not IGNORED.fullmatch(key)}
-    if not any(key.startswith("roberta.") for key in weights):  # saved from an encoder without a head
-        weights = {key if key.startswith(HEADS) else "roberta." + key: value for key, value in weights.items()}
-    if "lm_head.decoder.bias" in weights:  # the one that Hugging Face's decoder uses, should they differ
+    if not any(key.startswith("roberta.") for key in weights):  # saved from an encoder alone
+        weights = {key if key.startswith(HEADS) else "roberta." + key: value
+                   for key, value in weights.items()}
+    if "lm_head.decoder.bias" in weights:  # the one of the two that Hugging Face's model adds
         weights["lm_head.bias"] = weights.pop("lm_head.decoder.bias")
-    if config.tie_word_embeddings and "lm_head.decoder.weight" in weights:
-        if is_untied(weights):
-            raise ValueError(f"{source}: lm_head.decoder.weight is not the embedding's; the model needs "
-                             "tie_word_embeddings=False")
-        del weights["lm_head.decoder.weight"]
-    if config.type_vocab_size == 1 and TOKEN_TYPES in weights:  # fold the row in, see Embeddings
-        row = weights.pop(TOKEN_TYPES)
-        if row.shape != (1, config.hidden_size):
-            raise ValueError(f"{source}: {TOKEN_TYPES} has shape {tuple(row.shape)}, config.json asks for "
-                             f"(1, {config.hidden_size})")
-        if POSITIONS in weights and row.any():
-            weights[POSITIONS] = weights[POSITIONS].float() + row
     return weights
 
 
-def is_untied(weights: dict[str, Tensor]) -> bool:
-    """Tells whether the decoder's weights are others than the embedding's, whatever a config says."""
-    decoder, embedding = weights.get("lm_head.decoder.weight"), weights.get(WORDS)
-    return decoder is not None and embedding is not None and not torch.equal(decoder, embedding)
+def has_own_decoder(weights: dict[str, Tensor]) -> bool:
+    """Tells whether the LM head scores tokens with other weights than their embedding."""
+    return DECODER in weights and not (WORDS in weights and torch.equal(weights[DECODER], weights[WORDS]))
 
 
-def check_weight(key: str, found: Tensor, expected: Tensor, source: object) -> None:
-    """Raises ValueError where a weight does not fit its place, or holds what would spoil all results."""
-    if key == WORDS and found.ndim == 2 and len(found) != len(expected):
-        raise ValueError(f"{source}: config.json says vocab_size {len(expected)}, the weights are for "
-                         f"{len(found)} units")
-    if found.shape != expected.shape:
-        raise ValueError(f"{source}: {key} has shape {tuple(found.shape)}, config.json asks for "
-                         f"{tuple(expected.shape)}")
-    if found.device.type != "meta" and not torch.isfinite(found).all():
-        raise ValueError(f"{source}: {key} holds {int((~torch.isfinite(found)).sum())} values that are NaN or "
-                         "infinite; the run it is from has diverged, or the file is damaged")
+def arrange(weights: dict[str, Tensor], config: RobertaConfig) -> dict[str, Tensor]:
+    """Returns the weights without those that a model of this config has inside others."""
+    weights = normalise(weights)
+    if config.type_vocab_size == 1:
+        weights = fold_token_type(weights)
+    if config.tie_word_embeddings and not has_own_decoder(weights):
+        weights.pop(DECODER, None)
+    return weights
+
+
+def fold_token_type(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the weights with a single token type's row added to every position's, see Embeddings."""
+    row, positions = weights.get(TOKEN_TYPES), weights.get(POSITIONS)
+    if row is None or positions is None or row.shape != (1, positions.shape[-1]):
+        return weights
+    folded = positions.float() + row if row.any() else positions
+    return {key: value for key, value in weights.items() if key != TOKEN_TYPES} | {POSITIONS: folded}
+
+
+def check_weights(weights: dict[str, Tensor], ours: dict[str, Tensor], source: object) -> list[str]:
+    """Returns the keys of our model's head where none of it is among the weights: it is to be drawn anew.
+
+    Raises: ValueError naming a weight that is missing, has no place, has another shape or is not finite.
+    """
+    head = [key for key in ours if not key.startswith((*ENCODER, "lm_head."))]
+    fresh = [key for key in ours if key not in weights]
+    if fresh and fresh != head:
+        lacking = [key for key in fresh if key not in head] or fresh
+        raise ValueError(f"{source}: {len(lacking)} weights are missing, first of all {lacking[0]}")
+    other_heads = tuple(name for name in HEADS if not any(key.startswith(name) for key in ours))
+    if extra := [key for key in weights if key not in ours and not key.startswith(other_heads)]:
+        raise ValueError(f"{source}: {len(extra)} weights have no place in a model of this kind and config, "
+                         f"first of all {extra[0]}")
+    for key in (key for key in ours if key in weights):
+        found, wanted = weights[key], ours[key].shape
+        if key == WORDS and found.ndim == 2 and len(found) != wanted[0]:
+            raise ValueError(f"{source}: the config says vocab_size {wanted[0]}, the weights are for "
+                             f"{len(found)}")
+        if found.shape != wanted:
+            raise ValueError(f"{source}: {key} has shape {tuple(found.shape)}, the config asks for "
+                             f"{tuple(wanted)}")
+        if bad := int((~found.isfinite()).sum()):
+            raise ValueError(f"{source}: {key} holds {bad} values that are NaN or infinite; its training "
+                             "diverged, or the file is damaged")
+    return fresh
+
+
+def use_head(weights: dict[str, Tensor], name: str | None, places: tuple[str, str],
+             source: object) -> dict[str, Tensor]:
+    """Returns the weights with one of fairseq's named classification heads in the places of a model's own."""
+    names = sorted({key.split(".")[1] for key in weights if key.startswith("classification_heads.")})
+    if name is None and not names:
+        return weights
+    name = names[0] if name is None and len(names) == 1 else name
+    if name not in names:
+        raise ValueError(f"{source}: which classification head? head={name!r}, but there are {names}")
+    old = (f"classification_heads.{name}.dense.", f"classification_heads.{name}.out_proj.")
+    return rename(weights, dict(zip(old, places)))
+
+
+def rename(weights: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """Returns the weights with what the table has of their keys replaced, in its order."""
+    renamed, named = {}, "classification_heads."
+    for key, value in weights.items():
+        for old, new in table.items():
+            if key.startswith(named) == old.startswith(named):  # a head's name may look like anything
+                key = key.replace(old, new)
+        renamed[key] = value
+    return renamed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -784,36 +834,44 @@ def find_model(directory: str | Path) -> Path:
     """Returns the directory that holds the model: this one, or of a run directory its newest checkpoint."""
     directory = Path(directory)
     for place in (directory / "checkpoint", directory):
-        if (place / FAIRSEQ).is_file() or (place / "config.json").is_file() and weight_files(place):
+        if find_weights(place):
             return place
-    state = "no such directory" if not directory.is_dir() else (
-        f"no config.json with {' or '.join(WEIGHT_FILES[::2])} in it, and no {FAIRSEQ}")
+    state = "no such directory"
+    if directory.is_dir():
+        state = f"no config.json with {WEIGHT_FILES[0]} or {WEIGHTS} in it, and no {FAIRSEQ}"
     raise ValueError(f"{directory}: not a model ({state}); give a run directory of train.py or a saved model")
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Returns the files that hold a saved model's weights, none where there are none.
+    """Returns the files that hold a saved model's weights; none where there are none.
 
     Raises: ValueError for an index that leads anywhere but to files of weights beside it.
     """
-    if not (directory / "config.json").is_file() and (directory / FAIRSEQ).is_file():
-        return [directory / FAIRSEQ]
-    found = [directory / name for name in WEIGHT_FILES if (directory / name).is_file()]
-    if not has_safetensors() and any(path.name.startswith(WEIGHTS) for path in found):
-        found = [path for path in found if path.name.startswith(WEIGHTS)]  # the same weights, most likely
-    if not found:
+    found = find_weights(directory)
+    if found is None:
         return []
-    if found[0].suffix != ".json":
-        return [path for path in (found[0], directory / EXTRA_WEIGHTS) if path.is_file()]
-    return [found[0].parent / name for name in sorted(set(read_index(found[0]).values()))]
+    if found.suffix == ".json":
+        return [directory / name for name in sorted(set(read_index(found).values()))]
+    return [path for path in (found, directory / EXTRA_WEIGHTS) if path.is_file()]
+
+
+def find_weights(directory: Path) -> Path | None:
+    """Returns the file of weights, or their index, that counts if there are several."""
+    if not (directory / "config.json").is_file():
+        return directory / FAIRSEQ if (directory / FAIRSEQ).is_file() else None
+    found = [directory / name for name in WEIGHT_FILES if (directory / name).is_file()]
+    if not has_safetensors():  # then the pickled ones, if both are there: they should be the same
+        found.sort(key=lambda path: "safetensors" in path.name)
+    return found[0] if found else None
 
 
 def read_index(path: Path) -> dict[str, str]:
     """Returns which file holds which weight."""
-    where, ending = read_json(path).get("weight_map"), Path(path.stem.removesuffix(".index")).suffix
+    where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise ValueError(f"{path}: damaged, without a weight_map")
-    for name in set(map(str, where.values())):
+        raise ValueError(f"{path}: damaged, it has no weight_map")
+    ending = Path(path.name.removesuffix(".index.json")).suffix
+    for name in map(str, where.values()):
         if Path(name).name != name or Path(name).suffix != ending:
             raise ValueError(f"{path}: {name!r} is no {ending} file beside it")
         if not (path.parent / name).is_file():
@@ -822,11 +880,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def has_safetensors() -> bool:
-    try:
-        import safetensors.torch  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("safetensors") is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -835,49 +889,44 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: damaged, not an object but {type(content).__name__}")
+        raise ValueError(f"{path}: damaged, no object but {type(content).__name__}")
     return content
 
 
 def read_model(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the entries of config.json, of fairseq's arguments under its names, and the weights under
-    Hugging Face's. Raises: ValueError naming the file that is damaged or no such thing.
+    """Returns the entries of config.json, and the weights under Hugging Face's keys, of whatever origin.
+
+    Nothing is checked against each other yet. Raises: ValueError naming the file that is damaged.
     """
     files, weights = weight_files(directory), {}
     for path in files:
-        if path.suffix == ".safetensors":
-            part = read_safetensors(path)
-        else:
-            part = read_pickle(path)
+        part = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
         if path.name == FAIRSEQ:
             return from_fairseq(part, path)
-        if twice := weights.keys() & part.keys():
-            raise ValueError(f"{path}: {sorted(twice)[0]} is in another file as well")
+        check_tensors(part, path)
         weights |= part
-    index = next(iter(directory / name for name in WEIGHT_FILES if (directory / name).is_file()))
+    index = find_weights(directory)
     if index.suffix == ".json" and (differing := read_index(index).keys() ^ weights.keys()):
-        raise ValueError(f"{index}: {sorted(differing)[0]} is in either the index or the files, not in both")
-    check_tensors(weights, files)
-    return read_json(directory / "config.json"), weights
+        raise ValueError(f"{index}: {sorted(differing)[0]} is in the index or in the files, not in both")
+    return read_json(directory / "config.json"), normalise(weights)
 
 
-def check_tensors(weights: dict[str, Any], files: list[Path]) -> None:
-    """Raises ValueError where weights are anything but tensors of floats that the files can really hold."""
-    size = sum(path.stat().st_size for path in files)
+def check_tensors(weights: dict[str, Any], path: Path) -> None:
+    """Raises ValueError where weights are anything but tensors of floats that the file can really hold."""
+    promised = 0
     for key, value in weights.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_floating_point():
-            if not IGNORED.fullmatch(str(key)):
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{files[0]}: {key} is no tensor of floats, but {kind}")
-    promised = sum(value.numel() * value.element_size() for value in weights.values()
-                   if isinstance(value, Tensor))
-    if promised > 3 * size:  # tied weights are in it twice at most
-        raise ValueError(f"{files[0]}: refused, its weights would take {promised:,} bytes, the file has {size:,}")
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise ValueError(f"{path}: {key} is no tensor, but {type(value).__name__}")
+        if not value.is_floating_point() and not IGNORED.fullmatch(str(key)):
+            raise ValueError(f"{path}: {key} holds no floats, but {value.dtype}")
+        promised += value.numel() * value.element_size()
+    if promised > 3 * path.stat().st_size:  # tied weights are written once and counted twice
+        raise ValueError(f"{path}: refused, its {path.stat().st_size:,} bytes would unfold to {promised:,}")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     if not has_safetensors():
-        raise ValueError(f"{path}: reading this needs `pip install safetensors`")
+        raise ValueError(f"{path}: reading this takes a package more: pip install safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -887,25 +936,28 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged ({first_line(error)})") from None
 
 
-# What a file of weights may name: containers, tensors and their storages. torch's own list is longer: it has
-# types of which a stranger's file could ask for any amount of memory.
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# What a pickled file of weights may name: containers, tensors, storages. torch's own list, which is asked
+# afterwards, is longer: it has types by which a file could ask for any amount of memory.
 PLAIN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
-# What fairseq's arguments may be made of. None of these is imported: an `Inert` stands in for each.
+# What fairseq's arguments are made of. None of it is imported: an `Inert` stands in for each.
 ARGUMENTS = re.compile(r"argparse Namespace|(omegaconf|fairseq)(\.\w+)* \w+|typing Any|numpy dtype|"
-                       r"numpy\._?core\.multiarray scalar|(__builtin__|builtins) (str|unicode|int|float|bool|"
-                       r"dict|list|tuple)|collections defaultdict|enum \w+")
+                       r"numpy\._?core\.multiarray scalar|collections defaultdict|enum \w+|"
+                       r"(__builtin__|builtins) (str|unicode|int|long|float|bool|dict|list|tuple)")
+OF_PYTHON_2 = {"__builtin__ long": "builtins int", "__builtin__ unicode": "builtins str"}
 
 
 class Inert:
-    """Stands in for a class of another program: takes what the file gives it, and does nothing with it."""
-
-    def __new__(cls, *arguments: Any) -> Inert:
-        self = super().__new__(cls)
-        self.arguments = arguments
-        return self
+    """Stands in for another program's class: holds what a file gives it, and does nothing with it."""
 
     def __init__(self, *arguments: Any):
         pass
+
+    def __new__(cls, *arguments: Any) -> Inert:
+        return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
@@ -915,147 +967,127 @@ class Inert:
 def read_pickle(path: Path) -> dict[str, Any]:
     """Returns what torch.save wrote, executing nothing: the names in the file are looked through first."""
     try:
-        is_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are of another form
-        names = names_in_zip(path) if is_zip else names_in_legacy(path)
-        allowed = ARGUMENTS if path.name == FAIRSEQ else re.compile("$.")
+        names = names_in(path)
         strangers = {name for name in names if not PLAIN.fullmatch(name)}
-        if refused := sorted(name for name in strangers if not allowed.fullmatch(name)):
+        if refused := [name for name in sorted(strangers)
+                       if path.name != FAIRSEQ or not ARGUMENTS.fullmatch(name)]:
             raise pickle.UnpicklingError(f"it names {refused[0].replace(' ', '.')}")
-        stand_ins = [(Inert, name.replace(" ", ".").replace("__builtin__", "builtins")) for name in strangers]
+        stand_ins = [(Inert, OF_PYTHON_2.get(name, name).replace("__builtin__", "builtins").replace(" ", "."))
+                     for name in strangers]
         with torch.serialization.safe_globals(stand_ins):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = torch.load(path, map_location="cpu", weights_only=True,
+                                 mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused, it holds more than plain weights or none at all "
                          f"({first_line(error)})") from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise ValueError(f"{path}: damaged ({first_line(error) or type(error).__name__})") from None
+        raise ValueError(f"{path}: damaged ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no weights by name, but {type(content).__name__}")
     return content
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+def names_in(path: Path) -> set[str]:
+    """Returns the classes and functions that a file of torch.save names, as "module name"; executes nothing.
 
-
-def names_in_zip(path: Path) -> set[str]:
-    """Returns the names in a file of torch 1.6 or later, a zip in which nothing is compressed."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                raise pickle.UnpicklingError(f"{entry.filename} would unpack to {entry.file_size:,} bytes")
-        pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        return {name for entry in pickles for name in names_in_pickle(io.BytesIO(archive.read(entry)))}
-
-
-def names_in_legacy(path: Path) -> set[str]:
-    """Returns the names in a file of an earlier torch: five pickles, then the storages."""
-    with open(path, "rb") as file:
-        return {name for _ in range(5) for name in names_in_pickle(file)}
-
-
-def names_in_pickle(file: BinaryIO) -> set[str]:
-    """Returns the classes and functions a pickle names, as "module name". Nothing is executed.
-
-    Only torch's own form of naming is let through, by an opcode that holds the name itself.
+    Raises: pickle.UnpicklingError for names in another form than torch's, and for packed content.
     """
     names = set()
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-            names.add(argument)
-        elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-            raise pickle.UnpicklingError(f"it names something by {opcode.name}")
+    with open(path, "rb") as file:
+        pickles: list[BinaryIO] = [file] * 5  # one behind the other, then the storages: before torch 1.6
+        if zipfile.is_zipfile(path):
+            archive, size = zipfile.ZipFile(file), path.stat().st_size
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+                    raise pickle.UnpicklingError(f"{entry.filename} would unpack to {entry.file_size:,} B")
+            pickles = [io.BytesIO(archive.read(name)) for name in archive.namelist()
+                       if name.endswith("data.pkl")]
+        for pickled in pickles:
+            for opcode, argument, _ in pickletools.genops(pickled):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names.add(argument)
+                elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+                    raise pickle.UnpicklingError(f"it names something by {opcode.name}")
     return names
 
 
 def from_fairseq(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the entries of a config.json and the weights under Hugging Face's keys.
+    """Returns what a model.pt holds as the entries of a config.json and weights under Hugging Face's keys.
 
-    Shapes are taken from the weights. Older files keep the arguments in a Namespace, `args`, newer ones in
-    `cfg`, whose `model` has what concerns us.
+    Shapes are the weights' own. Older files keep the arguments in a Namespace, `args`, newer ones in `cfg`,
+    whose `model` has those that concern us.
     """
     state, arguments = content.get("model"), plain(content.get("args")) or plain(content.get("cfg"))
     if not isinstance(state, dict) or not isinstance(arguments, dict):
-        raise ValueError(f"{path}: not fairseq's, it needs `model` and `args` or `cfg`")
-    arguments = plain(arguments.get("model")) if isinstance(plain(arguments.get("model")), dict) else arguments
-    check_tensors(state, [path])
-    weights: dict[str, Tensor] = {}
+        raise ValueError(f"{path}: not fairseq's, which has `model` and `args` or `cfg`")
+    if isinstance(inner := plain(arguments.get("model")), dict):
+        arguments = inner
+    arguments = {name: plain(value) for name, value in arguments.items()}
+    check_tensors(state, path)
+    weights = {}
     for key, value in state.items():
-        if IGNORED.fullmatch(key):
-            continue
         # The first releases called the encoder decoder, and had q, k and v in one matrix.
         key = re.sub(r"^decoder\.", "encoder.", key).replace(".emb_layer_norm.", ".layernorm_embedding.")
         if match := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", key):
-            parts = zip("qkv", value.chunk(3))
-            weights |= {to_hugging_face_key(f"{match[1]}{x}_proj.{match[2]}"): part for x, part in parts}
-        else:
-            weights[to_hugging_face_key(key)] = value
+            weights |= {f"{match[1]}{x}_proj.{match[2]}": part for x, part in zip("qkv", value.chunk(3))}
+        elif not IGNORED.fullmatch(key):
+            weights[key] = value
+    weights = normalise(rename(weights, {new: old for old, new in reversed(FAIRSEQ_KEYS.items())}))
     for name, needed in (("activation_fn", "gelu"), ("pooler_activation_fn", "tanh")):
         if arguments.get(name, needed) != needed:
             raise ValueError(f"{path}: {name} {arguments[name]!r} is not built, only {needed!r}")
+    if has_own_decoder(weights) and not arguments.get("untie_weights_roberta"):
+        raise ValueError(f"{path}: the LM head's weight is not the embedding's, though untie_weights_roberta "
+                         "is not set")
     try:
-        layers = [int(match[1]) for key in weights if (match := re.match(r"roberta\.encoder\.layer\.(\d+)\.", key))]
-        intermediate = weights["roberta.encoder.layer.0.intermediate.dense.weight"]
-        entries = {"vocab_size": len(weights[WORDS]), "hidden_size": weights[WORDS].shape[1],
-                   "num_hidden_layers": max(layers) + 1, "intermediate_size": len(intermediate),
-                   "max_position_embeddings": len(weights[POSITIONS]),
-                   "type_vocab_size": len(weights.get(TOKEN_TYPES, "1"))}
+        entries = {
+            "model_type": "roberta", "architectures": ["RobertaForMaskedLM"],
+            "vocab_size": len(weights[WORDS]), "hidden_size": weights[WORDS].shape[1],
+            "num_hidden_layers": count_layers(weights),
+            "num_attention_heads": arguments["encoder_attention_heads"],
+            "intermediate_size": len(weights["roberta.encoder.layer.0.intermediate.dense.weight"]),
+            "max_position_embeddings": len(weights[POSITIONS]),
+            "type_vocab_size": len(weights[TOKEN_TYPES]) if TOKEN_TYPES in weights else 1,
+            "hidden_dropout_prob": arguments.get("dropout", 0.1),
+            "attention_probs_dropout_prob": arguments.get("attention_dropout", 0.1),
+            "classifier_dropout": arguments.get("pooler_dropout", 0.0),
+            "tie_word_embeddings": not arguments.get("untie_weights_roberta", False),
+        }
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: the weights lack {error}") from None
-    large = str(arguments.get("arch")).startswith("roberta_large")
-    entries |= {"num_attention_heads": arguments.get("encoder_attention_heads", 16 if large else 12),
-                "hidden_dropout_prob": arguments.get("dropout", 0.1),
-                "attention_probs_dropout_prob": arguments.get("attention_dropout", 0.1),
-                "classifier_dropout": arguments.get("pooler_dropout", 0.0),
-                "model_type": "roberta", "architectures": ["RobertaForMaskedLM"]}
+        raise ValueError(f"{path}: no model of RoBERTa's kind, without {error}") from None
     return entries, weights
 
 
 def plain(value: Any) -> Any:
     """Returns what an `Inert` of fairseq's arguments holds: a dict of a container, the value of a leaf."""
-    if isinstance(value, Inert):
-        held = vars(value)
-        value = held.get("_content", held.get("_val", held))
+    for _ in range(4):  # they are not nested deeper, and a hostile file could have one hold itself
+        if isinstance(value, Inert):
+            held = vars(value)
+            value = held.get("_content", held.get("_val", held))
     return value
 
 
-def to_hugging_face_key(key: str) -> str:
-    for theirs, fairseqs in reversed(FAIRSEQ_KEYS.items()):
-        key = key.replace(fairseqs, theirs)
-    return "lm_head.decoder.weight" if key == "lm_head.weight" else key
-
-
-def use_head(weights: dict[str, Tensor], name: str | None, model: type, source: object) -> dict[str, Tensor]:
-    """Returns the weights with one of fairseq's named classification heads as that of `model`."""
-    names = sorted({key.split(".")[1] for key in weights if key.startswith("classification_heads.")})
-    if name is None and not names:
-        return weights
-    if name is None and len(names) == 1:
-        name = names[0]
-    if name not in names:
-        raise ValueError(f"{source}: which classification head? head={name!r} was asked for, it has {names}")
-    choice = model is RobertaForMultipleChoice  # there dense and tanh are called pooler
-    places = {f"classification_heads.{name}.dense.": "roberta.pooler.dense." if choice else "classifier.dense.",
-              f"classification_heads.{name}.out_proj.": "classifier." if choice else "classifier.out_proj."}
-    for old, new in places.items():
-        weights = {key.replace(old, new): value for key, value in weights.items()}
-    return weights
+def count_layers(weights: dict[str, Tensor]) -> int:
+    found = (re.match(r"roberta\.encoder\.layer\.(\d+)\.", key) for key in weights)
+    return len({match[1] for match in found if match})
 
 
 def make_config(entries: dict[str, Any], weights: dict[str, Tensor], changes: dict[str, Any],
                 source: object) -> RobertaConfig:
-    """Returns the config of a saved model; entries that are no fields do not change what is computed."""
-    for name, needed in (("model_type", "roberta"), ("position_embedding_type", "absolute"),
-                         ("is_decoder", False), ("add_cross_attention", False)):
-        if entries.get(name, needed if name != "model_type" else None) != needed:
-            raise ValueError(f"{source}: {name} {entries.get(name)!r} in config.json; only {needed!r} opens here")
-    entries = entries | changes
-    if "num_labels" in changes and "id2label" not in changes:
-        entries.pop("id2label", None)
-    head = weights.get("classifier.out_proj.weight")
-    if head is not None and not {"num_labels", "id2label"} & entries.keys():
-        entries["num_labels"] = len(head)
-    if is_untied(weights):  # then it is, whatever config.json says; Hugging Face's classes see it so too
+    """Returns the config of a saved model, or raises ValueError where it is no such model.
+
+    Entries that are no fields of RobertaConfig do not change what is computed, but for those asked here.
+    """
+    needed = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False,
+              "add_cross_attention": False}
+    for name, value in needed.items():
+        if (found := entries.get(name, None if name == "model_type" else value)) != value:
+            raise ValueError(f"{source}: config.json has {name} {found!r}; only {value!r} opens here")
+    entries = {key: value for key, value in entries.items() if key not in ("num_labels", "id2label")
+               or "num_labels" not in changes} | changes
+    if (head := weights.get("classifier.out_proj.weight")) is not None and not entries.get("id2label"):
+        entries.setdefault("num_labels", len(head))
+    if has_own_decoder(weights):  # then it has, whatever config.json says: Hugging Face's classes agree
         entries["tie_word_embeddings"] = False
     known = {f.name for f in fields(RobertaConfig)}
     try:
@@ -1063,14 +1095,9 @@ def make_config(entries: dict[str, Any], weights: dict[str, Tensor], changes: di
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if (layers := count_layers(weights)) != config.num_hidden_layers:
-        raise ValueError(f"{source}: config.json says num_hidden_layers {config.num_hidden_layers}, the weights "
-                         f"have {layers}")
+        raise ValueError(f"{source}: config.json says num_hidden_layers {config.num_hidden_layers}, the "
+                         f"weights have {layers}")
     return config
-
-
-def count_layers(weights: dict[str, Tensor]) -> int:
-    found = (re.match(r"(roberta\.)?encoder\.layer\.(\d+)\.", key) for key in weights)
-    return max((int(match[2]) + 1 for match in found if match), default=0)
 
 
 def read_config(directory: str | Path, **changes: Any) -> RobertaConfig:
@@ -1079,109 +1106,86 @@ def read_config(directory: str | Path, **changes: Any) -> RobertaConfig:
     return make_config(*read_model(directory), changes, directory)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Command line: fill masks, export
-# ----------------------------------------------------------------------------------------------------------
-
-
 def open_model(directory: str | Path, head: str | None = None) -> RobertaModelBase:
     """Returns the model in a directory as the class that its weights are for.
 
     head: have this one of fairseq's classification heads, and no other.
     """
-    entries, weights = read_model(find_model(directory))
-    if head is not None or "classifier.out_proj.weight" in weights:
-        kind = RobertaForSequenceClassification
-    elif "nsp_head.weight" in weights:
-        kind = RobertaForPreTraining
-    elif "lm_head.dense.weight" in weights:
-        kind = RobertaForMaskedLM
-    elif "qa_outputs.weight" in weights:
-        kind = RobertaForQuestionAnswering
-    elif "classifier.weight" in weights and "roberta.pooler.dense.weight" in weights:
-        kind = RobertaForMultipleChoice
-    else:
-        kind = RobertaModel
-    return kind.from_pretrained(directory, head=head)
+    _, weights = read_model(find_model(directory))
+    for key, kind in (("classifier.out_proj.weight", RobertaForSequenceClassification),
+                      ("classifier.weight", RobertaForMultipleChoice),
+                      ("qa_outputs.weight", RobertaForQuestionAnswering),
+                      ("nsp_head.weight", RobertaForPreTraining),
+                      ("lm_head.bias", RobertaForMaskedLM)):
+        if key in weights and head is None:
+            return kind.from_pretrained(directory)
+    return (RobertaForSequenceClassification if head else RobertaModel).from_pretrained(directory, head)
 
 
-def export(directory: str | Path, out: str | Path, form: str, head: str | None = None) -> None:
-    """Writes a saved model, of whatever origin, as Hugging Face's ("hf") or fairseq's classes open it.
+# ----------------------------------------------------------------------------------------------------------
+# Writing for fairseq
+# ----------------------------------------------------------------------------------------------------------
 
-    Raises: ValueError where there is no model or tokenizer, where `out` is no new or empty directory, or
-    where fairseq has no place for what the model has.
+
+def save_fairseq(model: RobertaModelBase, directory: Path, tokenizer: Tokenizer) -> None:
+    """Writes a directory that fairseq's RobertaModel.from_pretrained opens.
+
+    fairseq's model always has an LM head: where ours has none, one of zeros is added, which finds all tokens
+    equally probable. Raises: ValueError where fairseq has no place for what the model has.
     """
+    config, weights = model.config, fold_token_type(model.to_hugging_face())
+    needed, found = (1, 1e-5, 1), (config.type_vocab_size, config.layer_norm_eps, config.pad_token_id)
+    if found != needed:
+        raise ValueError("fairseq's RoBERTa has type_vocab_size, layer_norm_eps and pad_token_id of "
+                         f"{needed}, this model {found}")
+    weights.pop("lm_head.decoder.bias", None)
+    weights.setdefault(DECODER, weights[WORDS])
+    for name, value in LMHead(config).state_dict().items():
+        weights.setdefault(RobertaForMaskedLM.hugging_face_key(f"lm_head.{name}"), torch.zeros_like(value))
+    name = "classification_heads.sentence_classification_head."
+    heads = dict(zip(type(model).classification_keys or (), (name + "dense.", name + "out_proj.")))
+    weights = rename(weights, FAIRSEQ_KEYS | heads)
+    if lost := [key for key in weights if not key.startswith(("encoder.", "classification_heads."))]:
+        raise ValueError(f"fairseq's RoBERTa has no place for {lost[0]}")
+    arguments = Namespace(
+        arch="roberta_base", task="masked_lm", criterion="masked_lm",
+        encoder_layers=config.num_hidden_layers, encoder_embed_dim=config.hidden_size,
+        encoder_ffn_embed_dim=config.intermediate_size, encoder_attention_heads=config.num_attention_heads,
+        max_positions=config.max_tokens, tokens_per_sample=config.max_tokens, activation_fn="gelu",
+        pooler_activation_fn="tanh", dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
+        pooler_dropout=config.classifier_dropout or 0.0,
+        untie_weights_roberta=not config.tie_word_embeddings)
+    # The last two say nothing, but fairseq does not open a file without them.
+    content = {"args": arguments, "model": weights, "optimizer_history": [{"lr_scheduler_state": {}}],
+               "extra_state": {}}
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(content, directory / FAIRSEQ)
+    tokenizer.save_fairseq(directory)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def export(directory: str, out: str, form: str, head: str | None) -> None:
+    """Writes a saved model, of whatever origin, as Hugging Face's ("hf") or fairseq's classes open it."""
     from data import Tokenizer
 
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise ValueError(f"{out} holds something already; choose another directory")
     model, tokenizer = open_model(directory, head), Tokenizer.from_pretrained(find_model(directory))
-    if form == "hf":
-        model.save_pretrained(out, tokenizer)
-        return
-    content = {"args": Namespace(**to_fairseq_arguments(model.config)), "model": to_fairseq(model)}
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save(content, out / FAIRSEQ)
-    tokenizer.save_fairseq(out)
-
-
-def to_fairseq(model: RobertaModelBase) -> dict[str, Tensor]:
-    """Returns a model's weights under fairseq's keys."""
-    config, weights = model.config, model.to_hugging_face()
-    if config.type_vocab_size > 1 or config.layer_norm_eps != 1e-5 or config.pad_token_id != 1:
-        raise ValueError(f"fairseq's RoBERTa has one token type, layer_norm_eps 1e-05 and padding id 1; this model "
-                         f"{config.type_vocab_size}, {config.layer_norm_eps} and {config.pad_token_id}")
-    name = "classification_heads.sentence_classification_head."
-    heads = {"classifier.dense.": name + "dense.", "classifier.out_proj.": name + "out_proj.",
-             "roberta.pooler.dense.": name + "dense.", "classifier.": name + "out_proj."}
-    del weights[TOKEN_TYPES]
-    weights.pop("lm_head.decoder.bias", None)
-    renamed = {}
-    for key, value in weights.items():
-        if key.startswith(("qa_outputs.", "answerable.", "nsp_head.")):
-            raise ValueError(f"fairseq's RoBERTa has no place for {key}")
-        for old, new in (FAIRSEQ_KEYS | heads).items():
-            key = key.replace(old, new, 1) if key.startswith(old) or not old.startswith(("roberta.", "lm_", "cl")) else key
-        renamed[key] = value
-    return renamed
-
-
-def to_fairseq_arguments(config: RobertaConfig) -> dict[str, Any]:
-    return {}
-
-
-def main() -> None:
-    """Prints the five most probable fillings of a text's masks, or exports a model."""
-    arguments = sys.argv[1:]
-    exporting = arguments[:1] == ["export"]
-    if exporting:
-        parser = argparse.ArgumentParser(prog="roberta.py export", description="Write a model for other programs.")
-        parser.add_argument("model", metavar="DIR", help="run directory, or a saved model of any origin")
-        parser.add_argument("out", metavar="OUT", help="new directory to write")
-        parser.add_argument("--format", choices=("hf", "fairseq"), default="hf", help="(default: hf)")
-        parser.add_argument("--head", metavar="NAME", help="one of fairseq's classification heads, instead of "
-                            "the LM head")
-        options = parser.parse_args(arguments[1:])
+    if form == "fairseq":
+        save_fairseq(model, Path(out), tokenizer)
     else:
-        parser = argparse.ArgumentParser(prog="roberta.py", description="Fill the <mask> in a text.",
-                                         epilog="python roberta.py export --help: write a model for others")
-        parser.add_argument("model", metavar="DIR", help="run directory of train.py, or a saved model")
-        parser.add_argument("text", help='for example "Returns a new array of given <mask> and type."')
-        parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fillings to print (default: 5)")
-        options = parser.parse_args(arguments)
-    try:
-        if exporting:
-            export(options.model, options.out, options.format, options.head)
-        else:
-            print_fillings(options.model, options.text, options.top_k)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        model.save_pretrained(out, tokenizer)
+    print(f"{type(model).__name__} of {model.num_parameters():,} parameters and its tokenizer are in {out}")
 
 
 def print_fillings(directory: str, text: str, top_k: int) -> None:
-    from data import Tokenizer  # here alone the model meets text: as a module this file needs only torch
+    """Prints the most probable fillings of each mask in a text."""
+    from data import Tokenizer  # only here does the model meet text: as a module this file needs only torch
 
     model = RobertaForMaskedLM.from_pretrained(directory)
     filled = model.fill_mask(text, Tokenizer.from_pretrained(find_model(directory)), top_k)
@@ -1191,6 +1195,37 @@ def print_fillings(directory: str, text: str, top_k: int) -> None:
         for candidate in mask:
             shown = candidate["sequence"].replace("\n", "\\n")
             print(f"{candidate['score']:7.2%}  {candidate['token_str']!r:20} {shown}")
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Returns the options of a command line; `export` as its first word makes it another command."""
+    if words[:1] == ["export"]:
+        parser = argparse.ArgumentParser(prog="roberta.py export",
+                                         description="Write a model for other programs.")
+        parser.add_argument("model", metavar="DIR", help="run directory, or a saved model of any origin")
+        parser.add_argument("out", metavar="OUT", help="directory to write, new or empty")
+        parser.add_argument("--format", choices=("hf", "fairseq"), default="hf", help="whose (default: hf)")
+        parser.add_argument("--head", metavar="NAME", help="the classification head to take of fairseq's "
+                            "(default: all of them, and the LM head)")
+        return parser.parse_args(words[1:])
+    parser = argparse.ArgumentParser(prog="roberta.py", description="Fill the <mask> in a text.",
+                                     epilog="For other programs' files: roberta.py export --help")
+    parser.add_argument("model", metavar="DIR", help="run directory of train.py, or a saved model")
+    parser.add_argument("text", help='for example "Returns a new array of given <mask> and type."')
+    parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fillings (default: 5)")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    try:
+        if "out" in options:
+            export(options.model, options.out, options.format, options.head)
+        else:
+            print_fillings(options.model, options.text, options.top_k)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

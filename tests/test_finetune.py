@@ -986,7 +986,9 @@ def test_heads_are_kept_for_the_same_labels_and_fresh_for_others(tmp_path, model
     for other in (again, rte, race):
         assert torch.equal(other.roberta.blocks[0].ffn_in.weight, mnli.roberta.blocks[0].ffn_in.weight)
     assert torch.equal(again.classifier.out_proj.weight, mnli.classifier.out_proj.weight)
-    assert rte.classifier.out_proj.weight.shape == (2, 32) and not torch.equal(rte.classifier.dense.weight, mnli.classifier.dense.weight)
+    assert rte.classifier.out_proj.weight.shape == (2, 32) and not torch.equal(
+        rte.classifier.dense.weight, mnli.classifier.dense.weight
+    )
     assert isinstance(race, roberta.RobertaForMultipleChoice)
     assert built("squad2", model).answerable is not None and built("squad1", model).answerable is None
 

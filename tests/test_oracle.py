@@ -183,31 +183,50 @@ def mixed_text(size):
 
 
 def hugging_face_encoding(oracle, tokenizer, directory, text):
-    """The ids that Hugging Face's byte-level BPE gives plain text (special tokens not looked for)."""
+    """What Hugging Face's byte-level BPE makes of plain text (special tokens not looked for)."""
     tokenizers = oracle("tokenizers")
     tokenizer.save_pretrained(directory)
     model = tokenizers.models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     theirs = tokenizers.Tokenizer(model)
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return theirs.encode(text).ids
+    return theirs.encode(text)
 
 
 def test_ids_equal_hugging_faces_with_our_merges(oracle, tmp_path):
     text = mixed_text(300_000)
     tokenizer = data.train_bpe([text[:100_000], *make_documents(50)], 1500)
-    assert tokenizer.encode(text) == hugging_face_encoding(oracle, tokenizer, tmp_path, text)
+    assert tokenizer.encode(text) == hugging_face_encoding(oracle, tokenizer, tmp_path, text).ids
 
 
 @needs_published("gpt2_bpe/vocab.bpe")
-def test_ids_equal_hugging_faces_with_gpt2s_merges(oracle, tmp_path):
+def test_ids_and_offsets_equal_hugging_faces_with_gpt2s_merges(oracle, tmp_path):
+    """GPT-2's published files and fairseq's dictionary, on 5 MB of text of all kinds."""
     tokenizer = data.Tokenizer.from_pretrained(PUBLISHED / "gpt2_bpe")
     assert tokenizer.vocab_size == 50265 and tokenizer.mask_id == 50264
     assert [0, *tokenizer.encode("Hello world!"), 2] == [0, 31414, 232, 328, 2]
-    text = mixed_text(1_000_000)
-    assert tokenizer.encode(text) == hugging_face_encoding(oracle, tokenizer, tmp_path, text)
+    text = mixed_text(5_000_000)
+    encoding = hugging_face_encoding(oracle, tokenizer, tmp_path, text)
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    assert ids.tolist() == encoding.ids
+    assert offsets.tolist() == [list(pair) for pair in encoding.offsets]
     roberta_tokenizer = oracle("transformers").AutoTokenizer.from_pretrained(tmp_path)
-    plain = text.replace("</s>", "").replace("<mask>", "")
+    plain = text[:1_000_000].replace("</s>", "").replace("<mask>", "")
     assert roberta_tokenizer(plain, add_special_tokens=False)["input_ids"] == tokenizer.encode(plain)
+
+
+@needs_published("gpt2_bpe/vocab.bpe")
+def test_the_published_files_are_written_as_they_were(tmp_path):
+    """encoder.json, vocab.bpe and dict.txt: GPT-2's and fairseq's numbers, the counts in dict.txt apart."""
+    given = PUBLISHED / "gpt2_bpe"
+    data.Tokenizer.from_pretrained(given).save_fairseq(tmp_path)
+    assert json.loads((tmp_path / "encoder.json").read_text()) == json.loads(
+        (given / "encoder.json").read_text()
+    )
+    assert (tmp_path / "vocab.bpe").read_text("utf-8") == (given / "vocab.bpe").read_text("utf-8")
+    names = [
+        [line.split()[0] for line in (d / "dict.txt").read_text().splitlines()] for d in (given, tmp_path)
+    ]
+    assert names[0] == names[1] and names[0][-1] == "madeupword0002"
 
 
 def test_pairs_and_offsets_equal_hugging_faces(oracle, tmp_path):

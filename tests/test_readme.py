@@ -44,12 +44,13 @@ def test_files_and_flags_that_are_named_exist():
         for field in data.dataclasses.fields(config)
     }
     torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
+    exports = {"--format", "--head"}
     benchmarks = {"--benchmark-only", "--benchmark-json", "--scale", "--corpus", "--out"}
-    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", README)) <= flags | torchruns | benchmarks
+    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", README)) <= flags | torchruns | exports | benchmarks
 
 
 def test_commands_parse():
-    """Every train.py, finetune.py and data.py command of the README, as far as its flags go."""
+    """Every command of the README that runs one of the four files, as far as its flags go."""
     found = 0
     for line in re.findall(r"^(?:pip .* && )?((?:torchrun|python) .*)$", README, re.MULTILINE):
         words = shlex.split(line.split("  #")[0].replace(" ...", ""))
@@ -59,12 +60,15 @@ def test_commands_parse():
         if "finetune.py" in words:
             finetune.parse(words[words.index("finetune.py") + 1 :])
             found += 1
+        if "roberta.py" in words:
+            roberta.parse(words[words.index("roberta.py") + 1 :])
+            found += 1
         if "data.py" in words:
             parser = data.argparse.ArgumentParser()
             data.add_flags(parser, data.PrepareConfig)
             parser.parse_args(words[words.index("data.py") + 2 :])
             found += 1
-    assert found >= 10
+    assert found >= 15
 
 
 def test_requirements_pin_what_the_project_allows():
