@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 # Config
 # ----------------------------------------------------------------------------------------------------------
 
-LARGEST = {"num_labels": 1 << 16, "num_hidden_layers": 1 << 12}  # what is beyond would only fill the memory
+# Upper limits, 1 << 24 for other sizes: an absurd number in a file must not fill the memory.
+LIMITS = {"num_labels": 1 << 16, "num_hidden_layers": 1 << 12}
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,20 @@ class RobertaConfig:
     answerability: bool = False  # of a question-answering head: SQuAD v2.0's classifier, §3
     id2label: dict[int, str] = field(default_factory=dict)  # label names; none: LABEL_0, LABEL_1, ...
 
-    def __post_init__(self):
-        for f in fields(self):  # they may come from a stranger's file
-            value = getattr(self, f.name)
+    def __post_init__(self) -> None:
+        for f in fields(self):  # types are text here, such as "int | None"
+            value, kind = getattr(self, f.name), f.type.split(" ")[0]
             if value is None and "None" in f.type:
                 continue
-            low, high = 0 if f.name.endswith("_id") else 1, LARGEST.get(f.name, 1 << 24)
-            if f.type.startswith("int") and not (type(value) is int and low <= value < high):
+            low, high = 0 if f.name.endswith("_id") else 1, LIMITS.get(f.name, 1 << 24)
+            if kind == "int" and not (type(value) is int and low <= value < high):
                 raise ValueError(f"{f.name} {value!r} must be a whole number from {low} to {high - 1}")
-            if f.type.startswith("float") and not (type(value) in (int, float) and 0 <= value < 1):
+            if kind == "float" and not (type(value) in (int, float) and 0 <= value < 1):
                 raise ValueError(f"{f.name} {value!r} must be a number from 0 to less than 1")
+            if kind == "bool" and type(value) is not bool:
+                raise ValueError(f"{f.name} {value!r} must be true or false")
+            if f.name.endswith("_id") and value >= self.vocab_size:
+                raise ValueError(f"{f.name} {value} lies outside vocab_size {self.vocab_size}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
                              f"{self.num_attention_heads}")
@@ -90,7 +95,7 @@ class RobertaConfig:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not RoBERTa's; only 'gelu' (exact) is built")
         try:
             names = {int(i): str(name) for i, name in self.id2label.items()}  # JSON's keys are strings
-        except (AttributeError, ValueError):
+        except (AttributeError, TypeError, ValueError):
             raise ValueError(f"id2label {self.id2label!r} must give numbers names") from None
         count = self.num_labels or len(names) or 2
         if all(name == f"LABEL_{i}" for i, name in names.items()):
@@ -110,6 +115,11 @@ class RobertaConfig:
     def max_tokens(self) -> int:
         """The longest input, `<s>` and `</s>` included: 512 for the published models."""
         return self.max_position_embeddings - self.pad_token_id - 1
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout of a classification head."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
     @classmethod
     def tiny(cls, **changes) -> RobertaConfig:
@@ -222,13 +232,18 @@ class Block(nn.Module):
         return self.ffn_norm(hidden + self.dropout(self.ffn_out(inner)))
 
 
-class RobertaModelBase(nn.Module):
-    """What all models here share: a config, initialisation, `save_pretrained` and `from_pretrained`."""
+# ----------------------------------------------------------------------------------------------------------
+# What all models share
+# ----------------------------------------------------------------------------------------------------------
 
-    architecture: str | None = None  # Hugging Face's class for such a model, if not of the same name
-    head_keys: dict[str, str] = {}  # our names of the head's modules -> Hugging Face's, see KEYS below
-    extra_keys: tuple[str, ...] = ()  # what Hugging Face's class has no place for, by how its keys begin
-    classification_keys: tuple[str, str] | None = None  # how the two layers of its classification head do
+
+class RobertaModelBase(nn.Module):
+    """A config, initialisation, ids of a text, `save_pretrained` and `from_pretrained`."""
+
+    architecture: str | None = None  # the Hugging Face class that opens what is saved; None: of the same name
+    head_keys: dict[str, str] = {}  # our names of the head's modules -> Hugging Face's, as in NAMES below
+    extra_keys: tuple[str, ...] = ()  # prefixes of the keys that this class lacks: they go to EXTRA_WEIGHTS
+    classification_keys: tuple[str, str] | None = None  # where the two layers of a fairseq head can go
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
@@ -260,14 +275,26 @@ class RobertaModelBase(nn.Module):
         return next(self.parameters()).device
 
     def encode(self, text: str | Sequence[str], tokenizer: Tokenizer) -> Tensor:
-        """Returns the ids of a text, `<s> A </s>`, or of a pair, `<s> A </s></s> B </s>`, as a batch of one.
+        """Returns the ids, (1, T), of a text, `<s> A </s>`, or of a pair of them, `<s> A </s></s> B </s>`.
 
-        (1, T), for this model. Raises: ValueError for a tokenizer with more units than the model.
+        Raises: ValueError for a tokenizer with more units than the model, or no text at all.
         """
-        texts = [text] if isinstance(text, str) else text
-        return self.with_ends(*(tokenizer.encode(text) for text in texts), tokenizer=tokenizer)
+        texts = [text] if isinstance(text, str) else list(text)
+        return self._with_ends([tokenizer.encode(text) for text in texts], tokenizer)
 
-    def to_ids(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None) -> Tensor:
+    def _with_ends(self, segments: list[list[int]], tokenizer: Tokenizer) -> Tensor:
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} units, the model "
+                             f"{self.config.vocab_size}; they do not belong together")
+        if not segments:
+            raise ValueError("nothing to encode: give a text, or a pair of texts")
+        bos, eos = self.config.bos_token_id, self.config.eos_token_id
+        ids = [bos, *segments[0], eos]
+        for segment in segments[1:]:
+            ids += [eos, *segment, eos]
+        return torch.tensor([ids], device=self.device)
+
+    def _to_ids(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None) -> Tensor:
         """Returns ids, (B, T), of what may be ids already."""
         if isinstance(text, Tensor):
             return torch.atleast_2d(text).to(self.device)
@@ -275,28 +302,18 @@ class RobertaModelBase(nn.Module):
             raise ValueError("a text needs a tokenizer: give one, or the text as ids")
         return self.encode(text, tokenizer)
 
-    def with_ends(self, *segments: list[int], tokenizer: Tokenizer) -> Tensor:
-        """Returns the ids of one or more segments between `<s>` and `</s>`, as a batch of one: (1, T)."""
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} units, the model "
-                             f"{self.config.vocab_size}; they do not belong together")
-        bos, eos = self.config.bos_token_id, self.config.eos_token_id
-        ids = [bos, *segments[0], eos]
-        for segment in segments[1:]:
-            ids += [eos, *segment, eos]
-        return torch.tensor([ids], device=self.device)
-
     def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
         """Writes config, weights and tokenizer files: a directory that Hugging Face's classes open too.
 
-        Raises: ValueError where other files with weights are there already: nobody could say which count.
+        Files of the same names are replaced. Raises: ValueError where weights are under other names that
+        would be opened instead.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         if others := [name for name in WEIGHT_FILES if (directory / name).exists() and name != WEIGHTS]:
             raise ValueError(f"{directory} holds {others[0]} already; save to another directory")
         weights, architecture = self.to_hugging_face(), self.architecture or type(self).__name__
         extra = {key: weights.pop(key) for key in list(weights) if key.startswith(self.extra_keys)}
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(self.config.to_json(architecture), encoding="utf-8")
         torch.save(weights, directory / WEIGHTS)
         if extra:
@@ -312,22 +329,29 @@ class RobertaModelBase(nn.Module):
         """Returns the model in a directory of ours, of Hugging Face's or of fairseq's, in eval mode.
 
         A run directory stands for its newest checkpoint. `changes` replace fields of the config (dropout,
-        num_labels). `head`: which of fairseq's classification heads. A head that the weights lack starts at
-        random, and a line on stderr says so. No code in the files is executed.
+        num_labels). `head` is the name of a fairseq classification head, where there are several. A head that
+        the weights lack starts at random, and a line on stderr says so. No code in the files is executed.
         Raises: ValueError where the directory is no model, or not each weight has its place and its shape.
         """
         directory = find_model(directory)
         entries, weights = read_model(directory)
         if cls.classification_keys:
             weights = use_head(weights, head, cls.classification_keys, directory)
+        elif head is not None:
+            raise ValueError(f"a {cls.__name__} has no place for the classification head {head!r} alone")
         config = make_config(entries, weights, changes, directory)
         with torch.device("meta"):  # no memory yet: what the config asks for may be absurd
             model = cls(config)
-        model.load_hugging_face(weights, directory)
+        fresh = model.load_hugging_face(weights, directory)
+        for name, module in model.named_modules():
+            if cls.hugging_face_key(f"{name}.weight") in fresh:
+                model.init_module(module)
+        if fresh:
+            print(f"note: {directory} has no {', '.join(fresh)}; initialised at random", file=sys.stderr)
         return model.eval()
 
     def to_hugging_face(self) -> dict[str, Tensor]:
-        """Returns the weights under Hugging Face's keys."""
+        """Returns the weights under Hugging Face's keys; the tensors are the model's own."""
         weights = {self.hugging_face_key(name): value for name, value in self.state_dict().items()}
         if self.config.type_vocab_size == 1:  # there it has a row, and ours is part of the positions
             weights[TOKEN_TYPES] = torch.zeros(1, self.config.hidden_size, device=self.device)
@@ -336,33 +360,39 @@ class RobertaModelBase(nn.Module):
             weights["lm_head.decoder.bias"] = weights["lm_head.bias"]
         return weights
 
-    def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> None:
+    def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> list[str]:
         """Copies weights under Hugging Face's keys into this model, after all of them have been checked.
 
-        A head that none of them belongs to stays as it is, or on the meta device is drawn at random; the
-        heads of other models are passed over. Raises: ValueError, see `check_weights`.
+        Heads of other models are passed over. Returns the keys of this model's head if the weights have
+        nothing of it; it stays as it is. A model on the meta device moves to the CPU.
+        Raises: ValueError, see `check_weights`; `source` is where its message says the weights are from.
         """
-        weights = arrange(weights, self.config)
+        weights = normalise(weights)
+        if self.config.type_vocab_size == 1:
+            weights = fold_token_type(weights)
+        if self.config.tie_word_embeddings and not has_own_decoder(weights):
+            weights.pop(DECODER, None)
         ours = {self.hugging_face_key(name): value for name, value in self.state_dict().items()}
         fresh = check_weights(weights, ours, source)
         if self.device.type == "meta":
             self.to_empty(device="cpu")
-            for name, module in self.named_modules():
-                if self.hugging_face_key(f"{name}.weight") in fresh:
-                    self.init_module(module)
         for name, parameter in self.state_dict().items():
             parameter.copy_(weights.get(self.hugging_face_key(name), parameter))
-        if fresh:
-            print(f"note: {source} has no {', '.join(fresh)}; initialised at random", file=sys.stderr)
+        return fresh
 
     @classmethod
     def hugging_face_key(cls, name: str) -> str:
         """Returns Hugging Face's key of one of our parameters."""
         if name.startswith("classification_heads."):
             return name
-        for ours, theirs in [*cls.head_keys.items(), *KEYS.items()]:
+        for ours, theirs in [*cls.head_keys.items(), *HUGGING_FACE_NAMES.items()]:
             name = name.replace(ours, theirs)
         return "roberta." + name if cls is RobertaModel else name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The encoder
+# ----------------------------------------------------------------------------------------------------------
 
 
 class RobertaModel(RobertaModelBase):
@@ -404,42 +434,44 @@ class RobertaModel(RobertaModelBase):
                          return_all_hiddens: bool = False) -> Tensor | list[Tensor]:
         """Returns hidden states of a text or a pair, (1, T, C) with the specials, or of ids, (B, T, C).
 
-        return_all_hiddens: those of the embeddings and of every layer, as a list. No dropout.
+        return_all_hiddens: those of the embeddings and of every layer, as a list. No dropout, no gradients.
         """
         with evaluating(self):
-            return self(self.to_ids(text, tokenizer), return_all_hiddens=return_all_hiddens)
+            return self(self._to_ids(text, tokenizer), return_all_hiddens=return_all_hiddens)
 
     def extract_word_features(self, text: str, words: Sequence[tuple[int, int]],
                               tokenizer: Tokenizer) -> Tensor:
-        """Returns features of words, (W, C): the average over each one's tokens in the last hidden states.
+        """Returns features of W words, (W, C): averages of the last hidden states of each one's tokens.
 
         words: where they begin and end in the text, in characters, from any tokenisation. A token counts by
         the share of its characters (white space apart) that belongs to the word; most belong whole to one.
-        Raises: ValueError for a word outside the text or of nothing but white space.
+        Raises: ValueError for a word outside the text or of nothing but white space, or too long a text.
         """
         ids, offsets = tokenizer.encode_with_offsets(text)
-        features = self.extract_features(self.with_ends(ids.tolist(), tokenizer=tokenizer))[0, 1:-1]  # (T, C)
-        black = torch.tensor([0, *(not character.isspace() for character in text)]).cumsum(0)
-        begins, ends = torch.from_numpy(offsets).unbind(1)  # of the tokens, (T,) each
+        features = self.extract_features(self._with_ends([ids.tolist()], tokenizer))[0, 1:-1]  # (T - 2, C)
+        # How many visible characters stand before each place in the text, (len(text) + 1,).
+        visible = torch.tensor([0, *(not character.isspace() for character in text)]).cumsum(0)
+        begins, ends = torch.from_numpy(offsets).unbind(1)  # of the tokens, (T - 2,) each
         averages = []
         for begin, end in words:
-            if not 0 <= begin < end <= len(text) or black[begin] == black[end]:
+            if not 0 <= begin < end <= len(text) or visible[begin] == visible[end]:
                 raise ValueError(f"word ({begin}, {end}) holds no text of the {len(text)} characters")
-            shared = black[ends.clamp(begin, end)] - black[begins.clamp(begin, end)]
-            weights = (shared / (black[ends] - black[begins]).clamp(min=1)).to(features)  # (T,)
+            shared = visible[ends.clamp(begin, end)] - visible[begins.clamp(begin, end)]
+            weights = (shared / (visible[ends] - visible[begins]).clamp(min=1)).to(features)  # (T - 2,)
             averages.append(weights @ features / weights.sum())
         return torch.stack(averages) if averages else features[:0]
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turns a model's dropout off for a while and leaves the model as it was."""
-    was_training = model.training
+    """Turns a model's dropout off for a while and leaves each part of the model as it was."""
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in in_training:
+            module.training = True
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -469,8 +501,7 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: RobertaConfig, num_labels: int, inner_size: int | None = None):
         super().__init__()
         inner_size = inner_size or config.hidden_size
-        dropout = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.dense = nn.Linear(config.hidden_size, inner_size)
         self.out_proj = nn.Linear(inner_size, num_labels)
 
@@ -497,10 +528,14 @@ class RobertaForMaskedLM(RobertaModelBase):
 
     def register_classification_head(self, name: str, num_classes: int,
                                      inner_size: int | None = None) -> None:
-        """Adds a classification head for `predict`, drawn at random; one of that name is replaced."""
-        if not name or "." in name:
-            raise ValueError(f"a head's name may not be empty or hold a dot: {name!r}")
-        head = ClassificationHead(self.config, num_classes, inner_size).to(self.device)
+        """Adds a classification head for `predict`, drawn at random; one of that name is replaced.
+
+        inner_size: of its inner layer; none: hidden_size. Raises: ValueError for a name that cannot be one.
+        """
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"{name!r} cannot be a head's name: it is empty, holds a dot, or torch uses it")
+        with self.device:
+            head = ClassificationHead(self.config, num_classes, inner_size).to(self.lm_head.bias)
         for module in head.modules():
             self.init_module(module)
         self.classification_heads[name] = head.train(self.training)
@@ -514,17 +549,15 @@ class RobertaForMaskedLM(RobertaModelBase):
         if head not in self.classification_heads:
             raise ValueError(f"no classification head {head!r}, only {list(self.classification_heads)}; add "
                              f"it with register_classification_head({head!r}, num_classes)")
-        logits = self.classification_heads[head](self.roberta(self.to_ids(text, tokenizer)))
+        logits = self.classification_heads[head](self.roberta(self._to_ids(text, tokenizer)))
         return logits if return_logits else logits.log_softmax(-1)
 
-    def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> None:
+    def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> list[str]:
         """See RobertaModelBase.load_hugging_face. Named classification heads are registered first."""
         for key, weight in weights.items():
-            match = re.fullmatch(r"classification_heads\.([^.]+)\.out_proj\.weight", key)
-            if match and weight.ndim == 2:
-                with self.device:
-                    self.register_classification_head(match[1], *weight.shape)
-        super().load_hugging_face(weights, source)
+            if match := re.fullmatch(r"classification_heads\.([^.]+)\.out_proj\.weight", key):
+                self.register_classification_head(match[1], *weight.shape[:2])
+        return super().load_hugging_face(weights, source)
 
     def forward(
         self,
@@ -533,7 +566,7 @@ class RobertaForMaskedLM(RobertaModelBase):
         token_type_ids: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Returns logits (B, T, V); in training only those at `positions`, (M, V).
+        """Returns logits (B, T, V), or where `positions` are given only those there, (M, V).
 
         positions: (M,) indices b * T + t. About 15 % of the tokens are predicted, and with 50K units the head
         costs a small model more than its encoder: scoring only what is needed is the largest saving here.
@@ -554,7 +587,8 @@ class RobertaForMaskedLM(RobertaModelBase):
         return self.roberta.extract_word_features(*args, **kwargs)
 
     @torch.inference_mode()
-    def fill_mask(self, text: str, tokenizer: Tokenizer, top_k: int = 5) -> list:
+    def fill_mask(self, text: str, tokenizer: Tokenizer,
+                  top_k: int = 5) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         """Returns the `top_k` most probable tokens for the `<mask>` in a text, best first.
 
         Each is a dict like those of Hugging Face's pipeline: score (a probability), token (its id),
@@ -573,7 +607,7 @@ class RobertaForMaskedLM(RobertaModelBase):
         for mask in masks:
             ids += [*tokenizer.encode(text[start : mask.start()]), tokenizer.mask_id]
             start = mask.end()
-        input_ids = self.with_ends([*ids, *tokenizer.encode(text[start:])], tokenizer=tokenizer)
+        input_ids = self._with_ends([[*ids, *tokenizer.encode(text[start:])]], tokenizer)
         positions = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0]
         with evaluating(self):
             probabilities = self._score(self.roberta(input_ids), positions).float().softmax(-1)  # (M, V)
@@ -612,7 +646,9 @@ class RobertaForPreTraining(RobertaForMaskedLM):
         self.nsp_head = nn.Linear(config.hidden_size, 2)
         self.init_weights()
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, positions=None):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None,
+                positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns RobertaForMaskedLM's logits and NSP's, (B, 2): 0 = the second part follows, 1 = random."""
         hidden = self.roberta(input_ids, attention_mask, token_type_ids)
         return self._score(hidden, positions), self.nsp_head(self.pooler(hidden))
@@ -651,7 +687,7 @@ class RobertaForMultipleChoice(RobertaModelBase):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None) -> Tensor:
-        """All of them (B, N, T). Returns scores (B, N); their softmax picks the answer."""
+        """Returns scores (B, N), whose softmax picks the answer, of inputs that are (B, N, T) each."""
         given = (input_ids, attention_mask, token_type_ids)
         hidden = self.roberta(*(None if x is None else x.flatten(0, 1) for x in given))  # (B * N, T, C)
         return self.classifier(self.dropout(self.pooler(hidden))).view(input_ids.shape[:2])
@@ -682,39 +718,28 @@ class RobertaForQuestionAnswering(RobertaModelBase):
 # Names of weights: ours, Hugging Face's, fairseq's
 # ----------------------------------------------------------------------------------------------------------
 
-# Our module names -> Hugging Face's, by which roberta.blocks.0.ffn_in.weight becomes
-# roberta.encoder.layer.0.intermediate.dense.weight.
-KEYS = {
-    "embeddings.tokens.": "embeddings.word_embeddings.",
-    "embeddings.positions.": "embeddings.position_embeddings.",
-    "embeddings.token_types.": "embeddings.token_type_embeddings.",
-    "embeddings.norm.": "embeddings.LayerNorm.",
-    "blocks.": "encoder.layer.",
-    "attention.q_proj.": "attention.self.query.",
-    "attention.k_proj.": "attention.self.key.",
-    "attention.v_proj.": "attention.self.value.",
-    "attention.out_proj.": "attention.output.dense.",
-    "attn_norm.": "attention.output.LayerNorm.",
-    "ffn_in.": "intermediate.dense.",
-    "ffn_out.": "output.dense.",
-    "ffn_norm.": "output.LayerNorm.",
-}
-
-# Hugging Face's names -> fairseq's, one after the other; the way back is from the last to the first.
-FAIRSEQ_KEYS = {
-    "roberta.embeddings.word_embeddings.": "encoder.sentence_encoder.embed_tokens.",
-    "roberta.embeddings.position_embeddings.": "encoder.sentence_encoder.embed_positions.",
-    "roberta.embeddings.token_type_embeddings.": "encoder.sentence_encoder.segment_embeddings.",
-    "roberta.embeddings.LayerNorm.": "encoder.sentence_encoder.layernorm_embedding.",
-    "roberta.encoder.layer.": "encoder.sentence_encoder.layers.",
-    "attention.self.query.": "self_attn.q_proj.",
-    "attention.self.key.": "self_attn.k_proj.",
-    "attention.self.value.": "self_attn.v_proj.",
-    "attention.output.dense.": "self_attn.out_proj.",
-    "attention.output.LayerNorm.": "self_attn_layer_norm.",
-    "intermediate.dense.": "fc1.",
-    "output.dense.": "fc2.",
-    "output.LayerNorm.": "final_layer_norm.",
+# By this table roberta.blocks.0.ffn_in.weight is roberta.encoder.layer.0.intermediate.dense.weight for
+# Hugging Face and encoder.sentence_encoder.layers.0.fc1.weight for fairseq. Parts of names are replaced one
+# after the other, and back from the last to the first: attention.output.dense. must precede output.dense.
+NAMES = [  # ours, Hugging Face's, fairseq's
+    ("embeddings.tokens.", "embeddings.word_embeddings.", "embed_tokens."),
+    ("embeddings.positions.", "embeddings.position_embeddings.", "embed_positions."),
+    ("embeddings.token_types.", "embeddings.token_type_embeddings.", "segment_embeddings."),
+    ("embeddings.norm.", "embeddings.LayerNorm.", "layernorm_embedding."),
+    ("blocks.", "encoder.layer.", "layers."),
+    ("attention.q_proj.", "attention.self.query.", "self_attn.q_proj."),
+    ("attention.k_proj.", "attention.self.key.", "self_attn.k_proj."),
+    ("attention.v_proj.", "attention.self.value.", "self_attn.v_proj."),
+    ("attention.out_proj.", "attention.output.dense.", "self_attn.out_proj."),
+    ("attn_norm.", "attention.output.LayerNorm.", "self_attn_layer_norm."),
+    ("ffn_in.", "intermediate.dense.", "fc1."),
+    ("ffn_out.", "output.dense.", "fc2."),
+    ("ffn_norm.", "output.LayerNorm.", "final_layer_norm."),
+]
+HUGGING_FACE_NAMES = {ours: theirs for ours, theirs, _ in NAMES}
+FAIRSEQ_NAMES = {  # from Hugging Face's
+    "roberta.e": "encoder.sentence_encoder.e",  # of embeddings and encoder, not of the pooler
+    **{theirs: fairseqs for _, theirs, fairseqs in NAMES},
     "lm_head.": "encoder.lm_head.",
     "encoder.lm_head.decoder.weight": "encoder.lm_head.weight",
 }
@@ -723,17 +748,15 @@ WORDS = "roberta.embeddings.word_embeddings.weight"
 POSITIONS = "roberta.embeddings.position_embeddings.weight"
 TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
 DECODER = "lm_head.decoder.weight"
-# How the keys of encoders begin, and those of heads, which a model of another kind passes over.
-ENCODER = ("roberta.embeddings.", "roberta.encoder.")
 HEADS = ("lm_head.", "classifier.", "qa_outputs.", "roberta.pooler.", "answerable.", "nsp_head.",
-         "classification_heads.")
+         "classification_heads.")  # what the keys of each kind of head begin with
 # Never read: buffers without a content, and copies of a layer's weights that fairseq keeps.
 IGNORED = re.compile(r".*(position_ids|token_type_ids|\.version|_float_tensor)|"
-                     r".*\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
+                     r".*\.layers?\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
 
 
 def normalise(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights under the keys of Hugging Face's models with a head, and the LM's bias once."""
+    """Returns the weights with the encoder's under `roberta.`, no buffers, and one bias of the LM head."""
     weights = {key: value for key, value in weights.items() if not IGNORED.fullmatch(key)}
     if not any(key.startswith("roberta.") for key in weights):  # saved from an encoder alone
         weights = {key if key.startswith(HEADS) else "roberta." + key: value
@@ -744,18 +767,8 @@ def normalise(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def has_own_decoder(weights: dict[str, Tensor]) -> bool:
-    """Tells whether the LM head scores tokens with other weights than their embedding."""
+    """Tells whether the LM head's matrix is there and another than the token embedding."""
     return DECODER in weights and not (WORDS in weights and torch.equal(weights[DECODER], weights[WORDS]))
-
-
-def arrange(weights: dict[str, Tensor], config: RobertaConfig) -> dict[str, Tensor]:
-    """Returns the weights without those that a model of this config has inside others."""
-    weights = normalise(weights)
-    if config.type_vocab_size == 1:
-        weights = fold_token_type(weights)
-    if config.tie_word_embeddings and not has_own_decoder(weights):
-        weights.pop(DECODER, None)
-    return weights
 
 
 def fold_token_type(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -768,17 +781,16 @@ def fold_token_type(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_weights(weights: dict[str, Tensor], ours: dict[str, Tensor], source: object) -> list[str]:
-    """Returns the keys of our model's head where none of it is among the weights: it is to be drawn anew.
+    """Returns the keys of our heads of which the weights have nothing: these may be drawn at random.
 
     Raises: ValueError naming a weight that is missing, has no place, has another shape or is not finite.
     """
-    head = [key for key in ours if not key.startswith((*ENCODER, "lm_head."))]
-    fresh = [key for key in ours if key not in weights]
-    if fresh and fresh != head:
-        lacking = [key for key in fresh if key not in head] or fresh
-        raise ValueError(f"{source}: {len(lacking)} weights are missing, first of all {lacking[0]}")
-    other_heads = tuple(name for name in HEADS if not any(key.startswith(name) for key in ours))
-    if extra := [key for key in weights if key not in ours and not key.startswith(other_heads)]:
+    absent = tuple(head for head in HEADS if not any(key.startswith(head) for key in weights))
+    fresh = [key for key in ours if key.startswith(absent) and not key.startswith("lm_head.")]
+    if missing := [key for key in ours if key not in weights and key not in fresh]:
+        raise ValueError(f"{source}: {len(missing)} weights are missing, first of all {missing[0]}")
+    others = tuple(head for head in HEADS if not any(key.startswith(head) for key in ours))
+    if extra := [key for key in weights if key not in ours and not key.startswith(others)]:
         raise ValueError(f"{source}: {len(extra)} weights have no place in a model of this kind and config, "
                          f"first of all {extra[0]}")
     for key in (key for key in ours if key in weights):
@@ -793,30 +805,6 @@ def check_weights(weights: dict[str, Tensor], ours: dict[str, Tensor], source: o
             raise ValueError(f"{source}: {key} holds {bad} values that are NaN or infinite; its training "
                              "diverged, or the file is damaged")
     return fresh
-
-
-def use_head(weights: dict[str, Tensor], name: str | None, places: tuple[str, str],
-             source: object) -> dict[str, Tensor]:
-    """Returns the weights with one of fairseq's named classification heads in the places of a model's own."""
-    names = sorted({key.split(".")[1] for key in weights if key.startswith("classification_heads.")})
-    if name is None and not names:
-        return weights
-    name = names[0] if name is None and len(names) == 1 else name
-    if name not in names:
-        raise ValueError(f"{source}: which classification head? head={name!r}, but there are {names}")
-    old = (f"classification_heads.{name}.dense.", f"classification_heads.{name}.out_proj.")
-    return rename(weights, dict(zip(old, places)))
-
-
-def rename(weights: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    """Returns the weights with what the table has of their keys replaced, in its order."""
-    renamed, named = {}, "classification_heads."
-    for key, value in weights.items():
-        for old, new in table.items():
-            if key.startswith(named) == old.startswith(named):  # a head's name may look like anything
-                key = key.replace(old, new)
-        renamed[key] = value
-    return renamed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -834,29 +822,18 @@ def find_model(directory: str | Path) -> Path:
     """Returns the directory that holds the model: this one, or of a run directory its newest checkpoint."""
     directory = Path(directory)
     for place in (directory / "checkpoint", directory):
-        if find_weights(place):
+        if main_file(place):
             return place
     state = "no such directory"
-    if directory.is_dir():
-        state = f"no config.json with {WEIGHT_FILES[0]} or {WEIGHTS} in it, and no {FAIRSEQ}"
+    if (directory / "config.json").is_file():
+        state = f"a config.json without {WEIGHT_FILES[0]} or {WEIGHTS}"
+    elif directory.is_dir():
+        state = f"neither a config.json with weights in it nor {FAIRSEQ}"
     raise ValueError(f"{directory}: not a model ({state}); give a run directory of train.py or a saved model")
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Returns the files that hold a saved model's weights; none where there are none.
-
-    Raises: ValueError for an index that leads anywhere but to files of weights beside it.
-    """
-    found = find_weights(directory)
-    if found is None:
-        return []
-    if found.suffix == ".json":
-        return [directory / name for name in sorted(set(read_index(found).values()))]
-    return [path for path in (found, directory / EXTRA_WEIGHTS) if path.is_file()]
-
-
-def find_weights(directory: Path) -> Path | None:
-    """Returns the file of weights, or their index, that counts if there are several."""
+def main_file(directory: Path) -> Path | None:
+    """Returns the file of a saved model's weights, or their index; the one that counts if there are many."""
     if not (directory / "config.json").is_file():
         return directory / FAIRSEQ if (directory / FAIRSEQ).is_file() else None
     found = [directory / name for name in WEIGHT_FILES if (directory / name).is_file()]
@@ -865,8 +842,18 @@ def find_weights(directory: Path) -> Path | None:
     return found[0] if found else None
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Returns all files that hold weights of the saved model in a directory."""
+    found = main_file(directory)
+    if found is None:
+        raise ValueError(f"{directory}: there are no weights here")
+    if found.suffix == ".json":
+        return [directory / name for name in sorted(set(read_index(found).values()))]
+    return [path for path in (found, directory / EXTRA_WEIGHTS) if path.is_file()]
+
+
 def read_index(path: Path) -> dict[str, str]:
-    """Returns which file holds which weight."""
+    """Returns which file holds which weight. Raises: ValueError where it is no file of weights beside it."""
     where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{path}: damaged, it has no weight_map")
@@ -885,7 +872,7 @@ def has_safetensors() -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from None
     if not isinstance(content, dict):
@@ -898,27 +885,32 @@ def read_model(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Nothing is checked against each other yet. Raises: ValueError naming the file that is damaged.
     """
-    files, weights = weight_files(directory), {}
+    files = weight_files(directory)
+    if files[0].name == FAIRSEQ:
+        return from_fairseq(read_pickle(files[0]), files[0])
+    weights: dict[str, Tensor] = {}
     for path in files:
         part = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-        if path.name == FAIRSEQ:
-            return from_fairseq(part, path)
         check_tensors(part, path)
         weights |= part
-    index = find_weights(directory)
+    index = main_file(directory)
     if index.suffix == ".json" and (differing := read_index(index).keys() ^ weights.keys()):
         raise ValueError(f"{index}: {sorted(differing)[0]} is in the index or in the files, not in both")
     return read_json(directory / "config.json"), normalise(weights)
 
 
 def check_tensors(weights: dict[str, Any], path: Path) -> None:
-    """Raises ValueError where weights are anything but tensors of floats that the file can really hold."""
+    """Raises ValueError where a file's weights are not tensors of floats by name, or more than it can hold.
+
+    A tensor may claim 10^15 values that all stand in one place of the file; a copy would fill the memory.
+    """
     promised = 0
     for key, value in weights.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise ValueError(f"{path}: {key} is no tensor, but {type(value).__name__}")
-        if not value.is_floating_point() and not IGNORED.fullmatch(str(key)):
-            raise ValueError(f"{path}: {key} holds no floats, but {value.dtype}")
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise ValueError(f"{path}: {key} is no tensor with a name, but {type(value).__name__}")
+        if not (value.is_floating_point() and value.ndim) and not IGNORED.fullmatch(key):
+            raise ValueError(f"{path}: {key} holds no row of floats, but {value.dtype} of shape "
+                             f"{tuple(value.shape)}")
         promised += value.numel() * value.element_size()
     if promised > 3 * path.stat().st_size:  # tied weights are written once and counted twice
         raise ValueError(f"{path}: refused, its {path.stat().st_size:,} bytes would unfold to {promised:,}")
@@ -926,7 +918,7 @@ def check_tensors(weights: dict[str, Any], path: Path) -> None:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     if not has_safetensors():
-        raise ValueError(f"{path}: reading this takes a package more: pip install safetensors")
+        raise ValueError(f"{path}: reading it needs the package safetensors: pip install safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -940,14 +932,13 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# What a pickled file of weights may name: containers, tensors, storages. torch's own list, which is asked
-# afterwards, is longer: it has types by which a file could ask for any amount of memory.
+# What a pickled file of weights may name: containers, tensors, storages. torch.load with weights_only
+# executes nothing either, but would make a bytearray of any size that a file of 1 KB asks for.
 PLAIN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 # What fairseq's arguments are made of. None of it is imported: an `Inert` stands in for each.
 ARGUMENTS = re.compile(r"argparse Namespace|(omegaconf|fairseq)(\.\w+)* \w+|typing Any|numpy dtype|"
                        r"numpy\._?core\.multiarray scalar|collections defaultdict|enum \w+|"
-                       r"(__builtin__|builtins) (str|unicode|int|long|float|bool|dict|list|tuple)")
-OF_PYTHON_2 = {"__builtin__ long": "builtins int", "__builtin__ unicode": "builtins str"}
+                       r"builtins (str|int|float|bool|dict|list|tuple)")
 
 
 class Inert:
@@ -955,9 +946,6 @@ class Inert:
 
     def __init__(self, *arguments: Any):
         pass
-
-    def __new__(cls, *arguments: Any) -> Inert:
-        return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
@@ -967,16 +955,13 @@ class Inert:
 def read_pickle(path: Path) -> dict[str, Any]:
     """Returns what torch.save wrote, executing nothing: the names in the file are looked through first."""
     try:
-        names = names_in(path)
-        strangers = {name for name in names if not PLAIN.fullmatch(name)}
-        if refused := [name for name in sorted(strangers)
-                       if path.name != FAIRSEQ or not ARGUMENTS.fullmatch(name)]:
-            raise pickle.UnpicklingError(f"it names {refused[0].replace(' ', '.')}")
-        stand_ins = [(Inert, OF_PYTHON_2.get(name, name).replace("__builtin__", "builtins").replace(" ", "."))
-                     for name in strangers]
-        with torch.serialization.safe_globals(stand_ins):
-            content = torch.load(path, map_location="cpu", weights_only=True,
-                                 mmap=zipfile.is_zipfile(path))
+        is_zip = zipfile.is_zipfile(path)
+        strangers = {name for name in names_in(path, is_zip) if not PLAIN.fullmatch(name)}
+        for name in sorted(strangers):
+            if path.name != FAIRSEQ or not ARGUMENTS.fullmatch(name):
+                raise pickle.UnpicklingError(f"it names {name.replace(' ', '.')}")
+        with torch.serialization.safe_globals([(Inert, name.replace(" ", ".")) for name in strangers]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused, it holds more than plain weights or none at all "
                          f"({first_line(error)})") from None
@@ -987,28 +972,98 @@ def read_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
-def names_in(path: Path) -> set[str]:
+def names_in(path: Path, is_zip: bool) -> set[str]:
     """Returns the classes and functions that a file of torch.save names, as "module name"; executes nothing.
 
     Raises: pickle.UnpicklingError for names in another form than torch's, and for packed content.
     """
     names = set()
     with open(path, "rb") as file:
-        pickles: list[BinaryIO] = [file] * 5  # one behind the other, then the storages: before torch 1.6
-        if zipfile.is_zipfile(path):
+        # Before 1.6 torch wrote five pickles: magic number, version, system, content, keys; then storages.
+        pickles: list[BinaryIO] = [file] * 5
+        if is_zip:
             archive, size = zipfile.ZipFile(file), path.stat().st_size
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                     raise pickle.UnpicklingError(f"{entry.filename} would unpack to {entry.file_size:,} B")
-            pickles = [io.BytesIO(archive.read(name)) for name in archive.namelist()
-                       if name.endswith("data.pkl")]
+            found = [name for name in archive.namelist() if name.lower().endswith("data.pkl")]
+            if len(found) != 1:  # torch's reader would take one of them, and not look at upper or lower case
+                raise pickle.UnpicklingError(f"it has {len(found)} files data.pkl")
+            pickles = [io.BytesIO(archive.read(found[0]))]
         for pickled in pickles:
             for opcode, argument, _ in pickletools.genops(pickled):
                 if opcode.name in ("GLOBAL", "INST"):
-                    names.add(argument)
+                    names.add(PYTHON_2.get(argument, argument))
                 elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
                     raise pickle.UnpicklingError(f"it names something by {opcode.name}")
     return names
+
+
+# Pickles of torch.save name what is built in as Python 2 did, and torch.load looks it up by its name today.
+BUILT_IN = {"long": "int", "unicode": "str", **{x: x for x in "str int float bool dict list tuple".split()}}
+PYTHON_2 = {f"__builtin__ {old}": f"builtins {new}" for old, new in BUILT_IN.items()}
+
+
+def count_layers(weights: dict[str, Tensor]) -> int:
+    found = (re.match(r"roberta\.encoder\.layer\.(\d+)\.", key) for key in weights)
+    return len({match[1] for match in found if match})
+
+
+def make_config(entries: dict[str, Any], weights: dict[str, Tensor], changes: dict[str, Any],
+                source: object) -> RobertaConfig:
+    """Returns the config of a saved model with `changes`, or raises ValueError where it is no such model.
+
+    Entries unknown to RobertaConfig are passed over; those in `needed` would change the result.
+    """
+    known = {f.name for f in fields(RobertaConfig)}
+    if unknown := changes.keys() - known:
+        raise ValueError(f"RobertaConfig has no {sorted(unknown)[0]}; it has {', '.join(sorted(known))}")
+    needed = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False,
+              "add_cross_attention": False}
+    for name, value in needed.items():
+        if (found := entries.get(name, None if name == "model_type" else value)) != value:
+            raise ValueError(f"{source}: {name} is {found!r}; only {value!r} opens here")
+    entries = {key: value for key, value in entries.items() if key in known}
+    if "num_labels" in changes:  # the file's names are for another number
+        entries.pop("id2label", None)
+    if (head := weights.get("classifier.out_proj.weight")) is not None and not entries.get("id2label"):
+        entries.setdefault("num_labels", len(head))
+    if has_own_decoder(weights):  # then it has, whatever config.json says: Hugging Face's classes agree
+        entries["tie_word_embeddings"] = False
+    try:
+        config = RobertaConfig(**entries | changes)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    if (layers := count_layers(weights)) != config.num_hidden_layers:
+        raise ValueError(f"{source}: the config says num_hidden_layers {config.num_hidden_layers}, the "
+                         f"weights have {layers}")
+    return config
+
+
+def read_config(directory: str | Path, **changes: Any) -> RobertaConfig:
+    """Returns the config of a saved model, of whatever origin. Raises: ValueError as `from_pretrained`."""
+    directory = find_model(directory)
+    return make_config(*read_model(directory), changes, directory)
+
+
+def open_model(directory: str | Path, head: str | None = None) -> RobertaModelBase:
+    """Returns the model in a directory as the class that its weights are for.
+
+    head: the name of a fairseq classification head, to open RobertaForSequenceClassification with it;
+    without it there are all of them, on a RobertaForMaskedLM. Raises: ValueError as `from_pretrained`.
+    """
+    _, weights = read_model(find_model(directory))
+    kinds = [("classifier.out_proj.weight", RobertaForSequenceClassification),
+             ("classifier.weight", RobertaForMultipleChoice),
+             ("qa_outputs.weight", RobertaForQuestionAnswering),
+             ("nsp_head.weight", RobertaForPreTraining), ("lm_head.bias", RobertaForMaskedLM)]
+    kind = next((kind for key, kind in kinds if key in weights), RobertaModel)
+    return (RobertaForSequenceClassification if head else kind).from_pretrained(directory, head)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# fairseq
+# ----------------------------------------------------------------------------------------------------------
 
 
 def from_fairseq(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -1027,12 +1082,13 @@ def from_fairseq(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], d
     weights = {}
     for key, value in state.items():
         # The first releases called the encoder decoder, and had q, k and v in one matrix.
-        key = re.sub(r"^decoder\.", "encoder.", key).replace(".emb_layer_norm.", ".layernorm_embedding.")
+        key = re.sub(r"^decoder\.", "encoder.", key)
+        key = key.replace(".sentence_encoder.emb_layer_norm.", ".sentence_encoder.layernorm_embedding.")
         if match := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", key):
             weights |= {f"{match[1]}{x}_proj.{match[2]}": part for x, part in zip("qkv", value.chunk(3))}
-        elif not IGNORED.fullmatch(key):
+        else:
             weights[key] = value
-    weights = normalise(rename(weights, {new: old for old, new in reversed(FAIRSEQ_KEYS.items())}))
+    weights = normalise(rename(weights, {new: old for old, new in reversed(FAIRSEQ_NAMES.items())}))
     for name, needed in (("activation_fn", "gelu"), ("pooler_activation_fn", "tanh")):
         if arguments.get(name, needed) != needed:
             raise ValueError(f"{path}: {name} {arguments[name]!r} is not built, only {needed!r}")
@@ -1067,84 +1123,55 @@ def plain(value: Any) -> Any:
     return value
 
 
-def count_layers(weights: dict[str, Tensor]) -> int:
-    found = (re.match(r"roberta\.encoder\.layer\.(\d+)\.", key) for key in weights)
-    return len({match[1] for match in found if match})
+def use_head(weights: dict[str, Tensor], name: str | None, places: tuple[str, str],
+             source: object) -> dict[str, Tensor]:
+    """Returns the weights with one of fairseq's named classification heads in the places of a model's own."""
+    names = sorted({key.split(".")[1] for key in weights if key.startswith("classification_heads.")})
+    if name is None and not names:
+        return weights
+    name = names[0] if name is None and len(names) == 1 else name
+    if name not in names:
+        raise ValueError(f"{source}: there is no classification head {name!r} among {names}" if name else
+                         f"{source}: there are classification heads {names}; choose one by `head`")
+    old = (f"classification_heads.{name}.dense.", f"classification_heads.{name}.out_proj.")
+    return rename(weights, dict(zip(old, places)))
 
 
-def make_config(entries: dict[str, Any], weights: dict[str, Tensor], changes: dict[str, Any],
-                source: object) -> RobertaConfig:
-    """Returns the config of a saved model, or raises ValueError where it is no such model.
+def rename(weights: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """Returns the weights with each of the table's strings replaced, in its order, wherever a key holds it.
 
-    Entries that are no fields of RobertaConfig do not change what is computed, but for those asked here.
+    The keys of named heads are touched by entries for them alone: a name may hold any string, "lm_head" say.
     """
-    needed = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False,
-              "add_cross_attention": False}
-    for name, value in needed.items():
-        if (found := entries.get(name, None if name == "model_type" else value)) != value:
-            raise ValueError(f"{source}: config.json has {name} {found!r}; only {value!r} opens here")
-    entries = {key: value for key, value in entries.items() if key not in ("num_labels", "id2label")
-               or "num_labels" not in changes} | changes
-    if (head := weights.get("classifier.out_proj.weight")) is not None and not entries.get("id2label"):
-        entries.setdefault("num_labels", len(head))
-    if has_own_decoder(weights):  # then it has, whatever config.json says: Hugging Face's classes agree
-        entries["tie_word_embeddings"] = False
-    known = {f.name for f in fields(RobertaConfig)}
-    try:
-        config = RobertaConfig(**{key: value for key, value in entries.items() if key in known})
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    if (layers := count_layers(weights)) != config.num_hidden_layers:
-        raise ValueError(f"{source}: config.json says num_hidden_layers {config.num_hidden_layers}, the "
-                         f"weights have {layers}")
-    return config
+    renamed, prefix = {}, "classification_heads."
+    for key, value in weights.items():
+        for old, new in table.items():
+            if key.startswith(prefix) == old.startswith(prefix):
+                key = key.replace(old, new)
+        renamed[key] = value
+    return renamed
 
 
-def read_config(directory: str | Path, **changes: Any) -> RobertaConfig:
-    """Returns the config of a saved model, of whatever origin."""
-    directory = find_model(directory)
-    return make_config(*read_model(directory), changes, directory)
-
-
-def open_model(directory: str | Path, head: str | None = None) -> RobertaModelBase:
-    """Returns the model in a directory as the class that its weights are for.
-
-    head: have this one of fairseq's classification heads, and no other.
-    """
-    _, weights = read_model(find_model(directory))
-    for key, kind in (("classifier.out_proj.weight", RobertaForSequenceClassification),
-                      ("classifier.weight", RobertaForMultipleChoice),
-                      ("qa_outputs.weight", RobertaForQuestionAnswering),
-                      ("nsp_head.weight", RobertaForPreTraining),
-                      ("lm_head.bias", RobertaForMaskedLM)):
-        if key in weights and head is None:
-            return kind.from_pretrained(directory)
-    return (RobertaForSequenceClassification if head else RobertaModel).from_pretrained(directory, head)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Writing for fairseq
-# ----------------------------------------------------------------------------------------------------------
-
-
-def save_fairseq(model: RobertaModelBase, directory: Path, tokenizer: Tokenizer) -> None:
+def save_fairseq(model: RobertaModelBase, directory: str | Path, tokenizer: Tokenizer) -> None:
     """Writes a directory that fairseq's RobertaModel.from_pretrained opens.
 
     fairseq's model always has an LM head: where ours has none, one of zeros is added, which finds all tokens
     equally probable. Raises: ValueError where fairseq has no place for what the model has.
     """
-    config, weights = model.config, fold_token_type(model.to_hugging_face())
-    needed, found = (1, 1e-5, 1), (config.type_vocab_size, config.layer_norm_eps, config.pad_token_id)
-    if found != needed:
-        raise ValueError("fairseq's RoBERTa has type_vocab_size, layer_norm_eps and pad_token_id of "
-                         f"{needed}, this model {found}")
+    directory, config = Path(directory), model.config
+    fixed = {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "bos_token_id": 0, "pad_token_id": 1,
+             "eos_token_id": 2, "vocab_size": tokenizer.vocab_size}  # its dictionary gives the last
+    for name, value in fixed.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"fairseq's model would have {name} {value}, this one has "
+                             f"{getattr(config, name)}")
+    weights = fold_token_type(model.to_hugging_face())
     weights.pop("lm_head.decoder.bias", None)
     weights.setdefault(DECODER, weights[WORDS])
     for name, value in LMHead(config).state_dict().items():
         weights.setdefault(RobertaForMaskedLM.hugging_face_key(f"lm_head.{name}"), torch.zeros_like(value))
-    name = "classification_heads.sentence_classification_head."
+    name = "classification_heads.sentence_classification_head."  # what fairseq's task calls its only one
     heads = dict(zip(type(model).classification_keys or (), (name + "dense.", name + "out_proj.")))
-    weights = rename(weights, FAIRSEQ_KEYS | heads)
+    weights = rename(weights, FAIRSEQ_NAMES | heads)
     if lost := [key for key in weights if not key.startswith(("encoder.", "classification_heads."))]:
         raise ValueError(f"fairseq's RoBERTa has no place for {lost[0]}")
     arguments = Namespace(
@@ -1154,9 +1181,9 @@ def save_fairseq(model: RobertaModelBase, directory: Path, tokenizer: Tokenizer)
         max_positions=config.max_tokens, tokens_per_sample=config.max_tokens, activation_fn="gelu",
         pooler_activation_fn="tanh", dropout=config.hidden_dropout_prob,
         attention_dropout=config.attention_probs_dropout_prob,
-        pooler_dropout=config.classifier_dropout or 0.0,
+        pooler_dropout=config.head_dropout,
         untie_weights_roberta=not config.tie_word_embeddings)
-    # The last two say nothing, but fairseq does not open a file without them.
+    # optimizer_history and extra_state say nothing, but fairseq does not open a file without them.
     content = {"args": arguments, "model": weights, "optimizer_history": [{"lr_scheduler_state": {}}],
                "extra_state": {}}
     directory.mkdir(parents=True, exist_ok=True)
@@ -1169,15 +1196,18 @@ def save_fairseq(model: RobertaModelBase, directory: Path, tokenizer: Tokenizer)
 # ----------------------------------------------------------------------------------------------------------
 
 
-def export(directory: str, out: str, form: str, head: str | None) -> None:
-    """Writes a saved model, of whatever origin, as Hugging Face's ("hf") or fairseq's classes open it."""
-    from data import Tokenizer
+def export(directory: str | Path, out: str | Path, file_format: str, head: str | None = None) -> None:
+    """Writes a saved model, of whatever origin, as Hugging Face's ("hf") or fairseq's classes open it.
+
+    Raises: ValueError where there is no model with a tokenizer, no place for it, or `out` is not empty.
+    """
+    from data import Tokenizer  # here, since with ids alone this file needs only torch
 
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise ValueError(f"{out} holds something already; choose another directory")
     model, tokenizer = open_model(directory, head), Tokenizer.from_pretrained(find_model(directory))
-    if form == "fairseq":
-        save_fairseq(model, Path(out), tokenizer)
+    if file_format == "fairseq":
+        save_fairseq(model, out, tokenizer)
     else:
         model.save_pretrained(out, tokenizer)
     print(f"{type(model).__name__} of {model.num_parameters():,} parameters and its tokenizer are in {out}")
@@ -1185,7 +1215,7 @@ def export(directory: str, out: str, form: str, head: str | None) -> None:
 
 def print_fillings(directory: str, text: str, top_k: int) -> None:
     """Prints the most probable fillings of each mask in a text."""
-    from data import Tokenizer  # only here does the model meet text: as a module this file needs only torch
+    from data import Tokenizer
 
     model = RobertaForMaskedLM.from_pretrained(directory)
     filled = model.fill_mask(text, Tokenizer.from_pretrained(find_model(directory)), top_k)
@@ -1198,28 +1228,30 @@ def print_fillings(directory: str, text: str, top_k: int) -> None:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Returns the options of a command line; `export` as its first word makes it another command."""
+    """Returns the options of a command line, whose first word may be a command, `export`."""
     if words[:1] == ["export"]:
         parser = argparse.ArgumentParser(prog="roberta.py export",
                                          description="Write a model for other programs.")
         parser.add_argument("model", metavar="DIR", help="run directory, or a saved model of any origin")
         parser.add_argument("out", metavar="OUT", help="directory to write, new or empty")
         parser.add_argument("--format", choices=("hf", "fairseq"), default="hf", help="whose (default: hf)")
-        parser.add_argument("--head", metavar="NAME", help="the classification head to take of fairseq's "
-                            "(default: all of them, and the LM head)")
+        parser.add_argument("--head", metavar="NAME", help="the fairseq classification head to export alone "
+                            "(default: all of them and the LM head)")
+        parser.set_defaults(command="export")
         return parser.parse_args(words[1:])
     parser = argparse.ArgumentParser(prog="roberta.py", description="Fill the <mask> in a text.",
                                      epilog="For other programs' files: roberta.py export --help")
     parser.add_argument("model", metavar="DIR", help="run directory of train.py, or a saved model")
     parser.add_argument("text", help='for example "Returns a new array of given <mask> and type."')
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fillings (default: 5)")
+    parser.set_defaults(command="fill-mask")
     return parser.parse_args(words)
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
     try:
-        if "out" in options:
+        if options.command == "export":
             export(options.model, options.out, options.format, options.head)
         else:
             print_fillings(options.model, options.text, options.top_k)

@@ -216,6 +216,28 @@ def test_label_names_and_dropout_come_along(oracle, tmp_path):
     assert ours.config.id2label == names and ours.classifier.dropout.p == 0.25
 
 
+def test_changes_that_are_no_fields_are_refused(tmp_path):
+    RobertaForMaskedLM(RobertaConfig(**ODD)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="RobertaConfig has no hiden_size; it has .*hidden_size"):
+        RobertaForMaskedLM.from_pretrained(tmp_path, hiden_size=9)
+    assert (
+        RobertaForMaskedLM.from_pretrained(tmp_path, hidden_dropout_prob=0.3).config.hidden_dropout_prob
+        == 0.3
+    )
+
+
+def test_each_head_that_is_not_there_is_drawn_and_named(oracle, tmp_path, capsys):
+    saved_there(oracle, tmp_path / "encoder", RobertaModel)  # with its pooler
+    RobertaForMultipleChoice.from_pretrained(tmp_path / "encoder")
+    note = capsys.readouterr().err
+    assert "has no classifier.weight, classifier.bias; initialised at random" in note and "pooler" not in note
+    RobertaForQuestionAnswering(RobertaConfig(**ODD)).save_pretrained(tmp_path / "qa")
+    RobertaForQuestionAnswering.from_pretrained(tmp_path / "qa", answerability=True)
+    assert "has no answerable.weight, answerable.bias;" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="5 weights are missing, first of all lm_head.bias"):
+        RobertaForMaskedLM.from_pretrained(tmp_path / "qa")
+
+
 def test_half_precision_weights_open_as_floats(tmp_path):
     model = RobertaForMaskedLM(RobertaConfig(**ODD)).half()
     model.save_pretrained(tmp_path)
@@ -237,12 +259,17 @@ def test_every_key_is_accounted_for(tmp_path):
 
     refused(weights | {"roberta.encoder.layer.0.more": torch.zeros(1)}, "no place .*layer.0.more")
     refused(weights | {"more.weight": torch.zeros(1)}, "1 weights have no place .* more.weight")
+    refused(
+        weights | {"roberta.embeddings.position_embeddings.weight": torch.tensor(1.0)}, "no row of floats"
+    )
     refused(weights | {"classifier.more": torch.zeros(1)}, "no place .* classifier.more")
     bias = "classifier.out_proj.bias"
     refused({k: v for k, v in weights.items() if k != bias}, f"1 weights are missing, first of all {bias}")
     refused(weights | {bias: torch.zeros(5)}, rf"{bias} has shape \(5,\), the config asks for \(2,\)")
-    refused(weights | {bias: torch.zeros(2, dtype=torch.int64)}, f"{bias} holds no floats, but torch.int64")
-    refused(weights | {bias: "x"}, f"{bias} is no tensor, but str")
+    refused(
+        weights | {bias: torch.zeros(2, dtype=torch.int64)}, f"{bias} holds no row of floats, but torch.int64"
+    )
+    refused(weights | {bias: "x"}, f"{bias} is no tensor with a name, but str")
     layers = {k: v for k, v in weights.items() if ".layer.2." not in k}
     refused(layers, "num_hidden_layers 3, the weights have 2")
     refused({}, "num_hidden_layers 3, the weights have 0")
@@ -256,9 +283,9 @@ def test_every_key_is_accounted_for(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bert"}, "model_type 'bert'"),
-        ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
-        ({"is_decoder": True}, "is_decoder True"),
+        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ({"is_decoder": True}, "is_decoder is True"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"hidden_size": "many"}, "hidden_size 'many'"),
         ({"hidden_size": -1}, "hidden_size -1"),
@@ -269,6 +296,8 @@ def test_every_key_is_accounted_for(tmp_path):
         ({"id2label": {"a": "b"}}, "id2label"),
         ({"hidden_dropout_prob": float("nan")}, "hidden_dropout_prob nan"),
         ({"max_position_embeddings": 2}, "max_position_embeddings 2"),
+        ({"eos_token_id": 98}, "eos_token_id 98 lies outside vocab_size 97"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false'"),
     ],
     ids=str,
 )
@@ -474,8 +503,14 @@ def test_named_heads_of_fairseq(oracle, tmp_path, capsys):
     choice = RobertaForMultipleChoice.from_pretrained(tmp_path, head="rank-it")
     torch.testing.assert_close(choice(input_ids[:, None]), expected, atol=1e-5, rtol=1e-5)
     assert capsys.readouterr().err.count("note") == 0
-    with pytest.raises(ValueError, match=r"head=None, but there are \['lm_head', 'mnli', 'rank-it'\]"):
+    with pytest.raises(ValueError, match=r"heads \['lm_head', 'mnli', 'rank-it'\]; choose one"):
         RobertaForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no classification head 'sst'"):
+        RobertaForSequenceClassification.from_pretrained(tmp_path, head="sst")
+    with pytest.raises(
+        ValueError, match="a RobertaForMaskedLM has no place for the classification head 'mnli'"
+    ):
+        RobertaForMaskedLM.from_pretrained(tmp_path, head="mnli")
     with pytest.raises(ValueError, match="no classification head 'sst'"):
         ours.predict("sst", input_ids)
     ours.save_pretrained(tmp_path / "again")  # with its heads
@@ -495,8 +530,9 @@ def test_a_registered_head_learns(tokenizer):
         loss.backward()
         optimizer.step()
     assert [int(model.predict("sign", text, tokenizer).argmax()) for text, _ in texts] == [0, 1]
-    with pytest.raises(ValueError, match="dot"):
-        model.register_classification_head("a.b", 2)
+    for name in ("a.b", "", "pop", "training"):
+        with pytest.raises(ValueError, match="cannot be a head's name"):
+            model.register_classification_head(name, 2)
 
 
 EXPORTED = [RobertaForMaskedLM, RobertaForSequenceClassification, RobertaForMultipleChoice]
@@ -657,6 +693,16 @@ def write_bomb(path):
                 entry.write(bytes(1 << 20))
 
 
+def write_capitals(path):
+    """The pickle under a name by which torch's reader finds it and Python's does not."""
+    torch.save({"x": Hostile(bytearray, (1 << 30,))}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for entry, content in entries:
+            archive.writestr(entry.filename.replace("data.pkl", "DATA.PKL"), content)
+
+
 def write_stretched(path):
     """Weights of one stored number, stretched over 10^15."""
     torch.save({"lm_head.bias": torch.zeros(1).expand(10**9, 10**6)}, path)
@@ -676,6 +722,7 @@ EVIL = {
     "old plain pickle": lambda path: path.write_bytes(pickle.dumps(Hostile(), protocol=0)),
     "old torch": lambda path: torch.save({"x": Hostile()}, path, _use_new_zipfile_serialization=False),
     "evaluates": lambda path: torch.save({"x": Hostile(eval, ("open('executed', 'w')",))}, path),
+    "asks for memory in capitals": write_capitals,
     "asks for memory": lambda path: torch.save({"x": Hostile(bytearray, (1 << 36,))}, path),
     "packed": write_bomb,
     "stretched": write_stretched,
@@ -683,6 +730,10 @@ EVIL = {
     "text": lambda path: path.write_text("<html>not found</html>"),
     "a list": lambda path: torch.save([1, 2], path),
     "no weights": lambda path: torch.save({}, path),
+    "numbers for names": lambda path: torch.save({1: torch.zeros(2)}, path),
+    "numbers for names of fairseq": lambda path: torch.save(
+        {"args": Namespace(encoder_attention_heads=2), "model": {1: torch.zeros(2)}}, path
+    ),
 }
 EVIL_SAFETENSORS = {
     "empty": b"",

@@ -172,6 +172,9 @@ def test_features(model, input_ids):
     wide = RobertaModel(RobertaConfig(**{**ODD.__dict__, "vocab_size": 261}))
     assert wide.extract_features("abc", tokenizer).shape == (1, 5, 10)
     assert wide.training  # as it was
+    wide.blocks[0].eval()
+    wide.extract_features("abc", tokenizer)
+    assert wide.training and not wide.blocks[0].training
 
 
 def test_too_long_an_input_is_refused_with_both_numbers(model):
@@ -224,7 +227,7 @@ def test_another_head_starts_at_random_and_says_so(tmp_path, model, capsys):
 def test_what_is_no_model_is_refused_in_one_line(tmp_path, model):
     with pytest.raises(ValueError, match="no such directory"):
         RobertaForMaskedLM.from_pretrained(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match="neither a config.json"):
         RobertaForMaskedLM.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     weights = tmp_path / "pytorch_model.bin"
