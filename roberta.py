@@ -26,7 +26,7 @@ import re
 import sys
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from data import Tokenizer
@@ -340,7 +341,7 @@ class RobertaModelBase(nn.Module):
         elif head is not None:
             raise ValueError(f"a {cls.__name__} has no place for the classification head {head!r} alone")
         config = make_config(entries, weights, changes, directory)
-        with torch.device("meta"):  # no memory yet: what the config asks for may be absurd
+        with torch.device("meta"), NothingDrawn():  # no memory yet: what the config asks for may be absurd
             model = cls(config)
         fresh = model.load_hugging_face(weights, directory)
         for name, module in model.named_modules():
@@ -374,8 +375,9 @@ class RobertaModelBase(nn.Module):
             weights.pop(DECODER, None)
         ours = {self.hugging_face_key(name): value for name, value in self.state_dict().items()}
         fresh = check_weights(weights, ours, source)
-        if self.device.type == "meta":
-            self.to_empty(device="cpu")
+        if self.device.type == "meta":  # nn.Module.to_empty would do it, a second later: it imports sympy
+            space = {name: torch.empty(value.shape) for name, value in self.state_dict().items()}
+            self.load_state_dict(space, assign=True)
         for name, parameter in self.state_dict().items():
             parameter.copy_(weights.get(self.hugging_face_key(name), parameter))
         return fresh
@@ -388,6 +390,17 @@ class RobertaModelBase(nn.Module):
         for ours, theirs in [*cls.head_keys.items(), *HUGGING_FACE_NAMES.items()]:
             name = name.replace(ours, theirs)
         return "roberta." + name if cls is RobertaModel else name
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Under it the functions of nn.init do nothing: the weights will be read from a file."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return kwargs.get("tensor", *args[:1])
+        return function(*args, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -801,7 +814,8 @@ def check_weights(weights: dict[str, Tensor], ours: dict[str, Tensor], source: o
         if found.shape != wanted:
             raise ValueError(f"{source}: {key} has shape {tuple(found.shape)}, the config asks for "
                              f"{tuple(wanted)}")
-        if bad := int((~found.isfinite()).sum()):
+        # One NaN or infinity makes a sum one; the slower look is for finding it, and for sums that overflow.
+        if not found.sum().isfinite() and (bad := int((~found.isfinite()).sum())):
             raise ValueError(f"{source}: {key} holds {bad} values that are NaN or infinite; its training "
                              "diverged, or the file is damaged")
     return fresh
