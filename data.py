@@ -346,7 +346,7 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of vocabulary and merges: tokenizers that share it give the same ids."""
-        content = json.dumps([sorted(self.vocab.items(), key=lambda item: item[1]), self.merges])
+        content = json.dumps([list(self._sorted_vocab().items()), self.merges])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def save_pretrained(self, directory: str | Path, model_max_length: int | None = None) -> None:
@@ -356,29 +356,41 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        specials = [{"id": vocab[token], "content": token, **plain, "special": True}
-                    for token in SPECIAL_TOKENS]
-        specials[-1]["lstrip"] = True  # the space before <mask> belongs to what will be filled in
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        everything = {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials,
-            "normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level,
-            "post_processor": {"type": "RobertaProcessing", "sep": ["</s>", EOS], "cls": ["<s>", BOS],
-                               "trim_offsets": True, "add_prefix_space": False},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-                      "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocab,
-                      "merges": [" ".join(pair) for pair in self.merges]},
-        }
         settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False,
-                    "mask_token": {"__type": "AddedToken", "content": "<mask>", **plain, "lstrip": True}}
+                    "mask_token": {"__type": "AddedToken", **self._special("<mask>")}}
         if model_max_length is not None:
             settings["model_max_length"] = model_max_length
-        for name, content in (("vocab.json", vocab), ("tokenizer.json", everything),
+        for name, content in (("vocab.json", self._sorted_vocab()), ("tokenizer.json", self._everything()),
                               ("tokenizer_config.json", settings)):
             write_atomically(directory / name, json.dumps(content, ensure_ascii=False).encode())
         write_atomically(directory / "merges.txt", self._merges_file())
+
+    def _everything(self) -> dict[str, Any]:
+        """Returns the content of tokenizer.json, from which their library needs no other file."""
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        return {
+            "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "added_tokens": [{"id": self.vocab[token], **self._special(token), "special": True}
+                             for token in SPECIAL_TOKENS],
+            "pre_tokenizer": byte_level, "decoder": byte_level,
+            "post_processor": {"type": "RobertaProcessing", "sep": ["</s>", EOS], "cls": ["<s>", BOS],
+                               "trim_offsets": True, "add_prefix_space": False},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                      "end_of_word_suffix": "", "fuse_unk": False, "vocab": self._sorted_vocab(),
+                      "merges": [" ".join(pair) for pair in self.merges]},
+        }
+
+    @staticmethod
+    def _special(token: str) -> dict[str, Any]:
+        """Returns how their library is to find a special token: <mask> together with the space before it."""
+        return {"content": token, "single_word": False, "lstrip": token == "<mask>", "rstrip": False,
+                "normalized": False}
+
+    def _sorted_vocab(self) -> dict[str, int]:
+        return dict(sorted(self.vocab.items(), key=lambda item: item[1]))
+
+    def _merges_file(self) -> bytes:
+        return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in self.merges), ""]).encode()
 
     def save_fairseq(self, directory: str | Path) -> None:
         """Writes encoder.json, vocab.bpe and dict.txt, as fairseq takes them.
@@ -386,10 +398,14 @@ class Tokenizer:
         encoder.json numbers the tokens as GPT-2 does, by rank; dict.txt holds these numbers in the order of
         our ids, with a count that nobody reads. Names that no rank leads to follow the ranks, as GPT-2's
         <|endoftext|> does, but for fairseq's own madeupword padding: that stands in dict.txt by its name.
+        Raises: ValueError for ids without a token, which dict.txt cannot leave out.
         """
+        if len(self.vocab) != self.vocab_size:
+            raise ValueError(f"{self.vocab_size - len(self.vocab)} ids have no token; fairseq's dictionary "
+                             "has one for each")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        tokens = sorted(self.vocab, key=self.vocab.__getitem__)[len(SPECIAL_TOKENS) - 1 : -1]
+        tokens = list(self._sorted_vocab())[len(SPECIAL_TOKENS) - 1 : -1]
         ranks = {spell(self.id_to_bytes[index]): rank for rank, index in enumerate(self.rank_to_id)}
         padding = {token for token in tokens if token.startswith("madeupword") and token not in ranks}
         for token in tokens:
@@ -399,9 +415,6 @@ class Tokenizer:
         write_atomically(directory / "encoder.json", json.dumps(ranks).encode())
         write_atomically(directory / "vocab.bpe", self._merges_file())
         write_atomically(directory / "dict.txt", "".join(lines).encode())
-
-    def _merges_file(self) -> bytes:
-        return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in self.merges), ""]).encode()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer:
