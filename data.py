@@ -268,19 +268,24 @@ class Tokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: Iterable[tuple[str, str]]):
         self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
-        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.vocab_size = len(vocab)
+        ids = vocab.values()
+        if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
+            raise ValueError(f"the ids of {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each once")
         self.mask_id = self.vocab_size - 1
         for token, place in zip(SPECIAL_TOKENS, (BOS, PAD, EOS, UNK, self.mask_id)):
             if vocab.get(token) != place:
                 raise ValueError(f"{token} has id {vocab.get(token)} in this vocabulary of {self.vocab_size} "
                                  f"units, in RoBERTa's layout {place}; it is another model's")
-        if len(set(vocab.values())) != len(vocab):
-            raise ValueError(f"{len(vocab)} tokens share {len(set(vocab.values()))} ids in this vocabulary")
         ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_ORDER)}
         for left, right in self.merges:
             ranks.setdefault(unspell(left) + unspell(right), len(ranks))  # two merges may make the same token
         if missing := [spell(token) for token in ranks if spell(token) not in vocab]:
             raise ValueError(f"the merges make {missing[0]!r}, which the {self.vocab_size} units lack")
+        made = {*map(spell, ranks), *SPECIAL_TOKENS, "<|endoftext|>"}  # the last is GPT-2's, unused here
+        if lost := [token for token in vocab if token not in made and not token.startswith("madeupword")]:
+            raise ValueError(f"no merge makes {lost[0]!r} and {len(lost) - 1} other units: the merges are "
+                             "cut short, or tokens were added")
         self.rank_to_id = np.array([vocab[spell(token)] for token in ranks], dtype=np.int64)
         # Ids that no rank leads to, the specials and fairseq's madeupword padding, decode to their names.
         self.id_to_bytes = [b""] * self.vocab_size
@@ -398,11 +403,7 @@ class Tokenizer:
         encoder.json numbers the tokens as GPT-2 does, by rank; dict.txt holds these numbers in the order of
         our ids, with a count that nobody reads. Names that no rank leads to follow the ranks, as GPT-2's
         <|endoftext|> does, but for fairseq's own madeupword padding: that stands in dict.txt by its name.
-        Raises: ValueError for ids without a token, which dict.txt cannot leave out.
         """
-        if len(self.vocab) != self.vocab_size:
-            raise ValueError(f"{self.vocab_size - len(self.vocab)} ids have no token; fairseq's dictionary "
-                             "has one for each")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tokens = list(self._sorted_vocab())[len(SPECIAL_TOKENS) - 1 : -1]
@@ -425,48 +426,88 @@ class Tokenizer:
         """
         directory = Path(directory)
         for place in (directory, directory / "checkpoint", directory / "tokenizer"):
-            settings = place / "tokenizer_config.json"
-            if settings.is_file() and read_json(settings).get("add_prefix_space"):
-                raise ValueError(f"{settings}: add_prefix_space is not built; take the entry out and begin "
-                                 "each text with a space instead")
-            if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
-                return cls(read_json(place / "vocab.json"), _read_merges(place / "merges.txt"))
-            if (place / "tokenizer.json").is_file():
-                return cls(*_read_tokenizer_json(place / "tokenizer.json"))
-            if all((place / name).is_file() for name in ("encoder.json", "vocab.bpe", "dict.txt")):
-                # A line of dict.txt is a GPT-2 id and a count; its number plus four is RoBERTa's id.
-                names = {str(index): token for token, index in read_json(place / "encoder.json").items()}
-                lines = (place / "dict.txt").read_text("utf-8").splitlines()
-                entries = [line.split(" ")[0] for line in lines]
-                tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
-                return cls({token: i for i, token in enumerate(tokens)}, _read_merges(place / "vocab.bpe"))
+            found = [names for names in TOKENIZER_FILES if all((place / name).is_file() for name in names)]
+            if not found:
+                continue
+            try:
+                _check_settings(place)
+                contents = [TOKENIZER_FILES[names](*map(place.joinpath, names)) for names in found]
+                if any(content != contents[0] for content in contents):
+                    raise ValueError("they do not say the same")
+                return cls(*contents[0])
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                files = " and ".join(name for names in found for name in names)
+                raise ValueError(f"{place}: no tokenizer of RoBERTa's kind in {files} ({error})") from None
         raise ValueError(f"{directory}: no tokenizer here; it takes vocab.json and merges.txt, or "
                          "tokenizer.json, or fairseq's encoder.json, vocab.bpe and dict.txt")
+
+
+def _check_settings(place: Path) -> None:
+    """Raises ValueError for what Hugging Face's settings beside a tokenizer would change."""
+    settings, added = place / "tokenizer_config.json", place / "added_tokens.json"
+    content = read_json(settings) if settings.is_file() else {}
+    if content.get("add_prefix_space"):
+        raise ValueError("add_prefix_space is not built; take it out of tokenizer_config.json and begin each "
+                         "text with a space instead")
+    tokens = [*(read_json(added) if added.is_file() else ()),
+              *(token["content"] for token in content.get("added_tokens_decoder", {}).values())]
+    _check_added(tokens)
+
+
+def _check_added(tokens: Iterable[str]) -> None:
+    if others := set(tokens) - {*SPECIAL_TOKENS, "<|endoftext|>"}:
+        raise ValueError(f"tokens were added, such as {min(others)!r}; only RoBERTa's own are built")
 
 
 def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Returns vocabulary and merges of a file of Hugging Face's tokenizers library."""
     content = read_json(path)
-    try:
-        model, before = content["model"], content["pre_tokenizer"]
-        kinds = (model["type"], before["type"], before["add_prefix_space"], content["normalizer"])
-        if kinds != ("BPE", "ByteLevel", False, None):
-            raise ValueError(f"{path}: no byte-level BPE like GPT-2's: model, pre-tokenizer, added space and "
-                             f"normalizer are {kinds}, not ('BPE', 'ByteLevel', False, None)")
-        vocab = model["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
-        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-                  for merge in model["merges"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged, or no tokenizer ({type(error).__name__}: {error})") from None
-    return vocab, merges
+    model, before = content["model"], content["pre_tokenizer"]
+    kinds = (model["type"], before["type"], before["add_prefix_space"], content["normalizer"])
+    if kinds != ("BPE", "ByteLevel", False, None):
+        raise ValueError(f"model, pre-tokenizer, added space and normalizer are {kinds}, not ('BPE', "
+                         "'ByteLevel', False, None)")
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    _check_added(added)
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    return model["vocab"] | added, merges
+
+
+def _read_vocab_and_merges(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    return read_json(vocab), _read_merges(merges)
+
+
+def _read_fairseq(encoder: Path, merges: Path,
+                  dictionary: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A line of dict.txt is a GPT-2 id and a count; its number plus four is RoBERTa's id."""
+    names = {str(index): token for token, index in read_json(encoder).items()}
+    entries = [line.rsplit(" ", 1)[0] for line in dictionary.read_text("utf-8").split("\n")]
+    entries = entries[:-1] if not entries[-1] else entries
+    if broken := [number for number, entry in enumerate(entries, 1) if not entry]:
+        raise ValueError(f"line {broken[0]} of {dictionary.name} is empty")
+    tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
+    if twice := [token for token, count in Counter(tokens).items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} stands twice in {dictionary.name}, or is one that fairseq adds")
+    return {token: i for i, token in enumerate(tokens)}, _read_merges(merges)
+
+
+# What reads which files. Where a directory has several kinds, they must say the same.
+TOKENIZER_FILES = {
+    ("tokenizer.json",): _read_tokenizer_json,
+    ("vocab.json", "merges.txt"): _read_vocab_and_merges,
+    ("encoder.json", "vocab.bpe", "dict.txt"): _read_fairseq,
+}
 
 
 def read_json(path: Path) -> dict:
     """Returns the object in a JSON file. Raises: ValueError naming the file where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged, no object but {type(content).__name__}")
+    return content
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:

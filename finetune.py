@@ -60,6 +60,7 @@ from roberta import (
     RobertaForSequenceClassification,
     RobertaModel,
     RobertaModelBase,
+    check_tokenizer,
     evaluating,
     find_model,
     read_config,
@@ -1351,6 +1352,7 @@ def finetune(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
     if config.predict:  # a test file that can't be read should not come to light after training
         read_examples(config.task, find_task(config.task, config.data), "test")
     tokenizer = Tokenizer.from_pretrained(find_model(config.model))
+    check_tokenizer(tokenizer, model_shape(config, head))
     train, dev = (load_split(config, split, tokenizer, out / "features", setup) for split in ("train", "dev"))
     runs, results = settings_of(config), []
     for run in runs:

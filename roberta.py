@@ -20,9 +20,11 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import pickle
 import pickletools
 import re
+import shutil
 import sys
 import zipfile
 from argparse import Namespace
@@ -284,9 +286,7 @@ class RobertaModelBase(nn.Module):
         return self._with_ends([tokenizer.encode(text) for text in texts], tokenizer)
 
     def _with_ends(self, segments: list[list[int]], tokenizer: Tokenizer) -> Tensor:
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} units, the model "
-                             f"{self.config.vocab_size}; they do not belong together")
+        check_tokenizer(tokenizer, self.config)
         if not segments:
             raise ValueError("nothing to encode: give a text, or a pair of texts")
         bos, eos = self.config.bos_token_id, self.config.eos_token_id
@@ -312,6 +312,8 @@ class RobertaModelBase(nn.Module):
         directory = Path(directory)
         if others := [name for name in WEIGHT_FILES if (directory / name).exists() and name != WEIGHTS]:
             raise ValueError(f"{directory} holds {others[0]} already; save to another directory")
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, self.config)
         weights, architecture = self.to_hugging_face(), self.architecture or type(self).__name__
         extra = {key: weights.pop(key) for key in list(weights) if key.startswith(self.extra_keys)}
         directory.mkdir(parents=True, exist_ok=True)
@@ -390,6 +392,13 @@ class RobertaModelBase(nn.Module):
         for ours, theirs in [*cls.head_keys.items(), *HUGGING_FACE_NAMES.items()]:
             name = name.replace(ours, theirs)
         return "roberta." + name if cls is RobertaModel else name
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: RobertaConfig) -> None:
+    """Raises ValueError where a tokenizer could give ids for which the model has no embedding."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} units, the model {config.vocab_size}; "
+                         "they do not belong together")
 
 
 class NothingDrawn(TorchFunctionMode):
@@ -624,7 +633,7 @@ class RobertaForMaskedLM(RobertaModelBase):
         positions = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0]
         with evaluating(self):
             probabilities = self._score(self.roberta(input_ids), positions).float().softmax(-1)  # (M, V)
-        best = probabilities.topk(min(top_k, probabilities.shape[-1]))
+        best = probabilities[:, : tokenizer.vocab_size].topk(min(top_k, tokenizer.vocab_size))
         results = []
         for mask, scores, tokens in zip(masks, best.values.tolist(), best.indices.tolist()):
             results.append([])
@@ -828,6 +837,8 @@ def check_weights(weights: dict[str, Tensor], ours: dict[str, Tensor], source: o
 WEIGHTS = "pytorch_model.bin"  # what we write
 EXTRA_WEIGHTS = "extra_heads.bin"  # beside it: heads for which Hugging Face's classes have no place
 FAIRSEQ = "model.pt"
+# What its RobertaConfig takes where config.json is silent, and ours does not.
+HUGGING_FACE_DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512}
 # In order of preference. An index names the files of a model that is too large for one.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", WEIGHTS, WEIGHTS + ".index.json")
 
@@ -863,7 +874,8 @@ def weight_files(directory: Path) -> list[Path]:
         raise ValueError(f"{directory}: there are no weights here")
     if found.suffix == ".json":
         return [directory / name for name in sorted(set(read_index(found).values()))]
-    return [path for path in (found, directory / EXTRA_WEIGHTS) if path.is_file()]
+    extra = directory / EXTRA_WEIGHTS  # beside other weights than ours it is a leftover
+    return [found, extra] if found.name == WEIGHTS and extra.is_file() else [found]
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -906,11 +918,16 @@ def read_model(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for path in files:
         part = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
         check_tensors(part, path)
+        if twice := weights.keys() & part.keys():
+            raise ValueError(f"{path}: {sorted(twice)[0]} is in another file of the model already")
         weights |= part
     index = main_file(directory)
     if index.suffix == ".json" and (differing := read_index(index).keys() ^ weights.keys()):
         raise ValueError(f"{index}: {sorted(differing)[0]} is in the index or in the files, not in both")
-    return read_json(directory / "config.json"), normalise(weights)
+    return HUGGING_FACE_DEFAULTS | read_json(directory / "config.json"), normalise(weights)
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_tensors(weights: dict[str, Any], path: Path) -> None:
@@ -922,7 +939,7 @@ def check_tensors(weights: dict[str, Any], path: Path) -> None:
     for key, value in weights.items():
         if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise ValueError(f"{path}: {key} is no tensor with a name, but {type(value).__name__}")
-        if not (value.is_floating_point() and value.ndim) and not IGNORED.fullmatch(key):
+        if not (value.dtype in FLOATS and value.ndim) and not IGNORED.fullmatch(key):
             raise ValueError(f"{path}: {key} holds no row of floats, but {value.dtype} of shape "
                              f"{tuple(value.shape)}")
         promised += value.numel() * value.element_size()
@@ -937,6 +954,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > 1 << 22:  # LARGE's has 60 KB; the library would take up to 100 MB, and fill 2 GB with it
+            raise ValueError(f"a header of {header:,} bytes")
         return load_file(path)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: damaged ({first_line(error)})") from None
@@ -977,8 +998,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(Inert, name.replace(" ", ".")) for name in strangers]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, it holds more than plain weights or none at all "
-                         f"({first_line(error)})") from None
+        reason = "" if "weights_only" in str(error) else f" ({first_line(error)})"  # torch advises trust
+        raise ValueError(f"{path}: refused, it holds more than plain weights or none at all"
+                         f"{reason}") from None
     except Exception as error:  # a damaged pickle may fail in any way
         raise ValueError(f"{path}: damaged ({first_line(error)})") from None
     if not isinstance(content, dict):
@@ -994,23 +1016,34 @@ def names_in(path: Path, is_zip: bool) -> set[str]:
     names = set()
     with open(path, "rb") as file:
         # Before 1.6 torch wrote five pickles: magic number, version, system, content, keys; then storages.
-        pickles: list[BinaryIO] = [file] * 5
-        if is_zip:
-            archive, size = zipfile.ZipFile(file), path.stat().st_size
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
-                    raise pickle.UnpicklingError(f"{entry.filename} would unpack to {entry.file_size:,} B")
-            found = [name for name in archive.namelist() if name.lower().endswith("data.pkl")]
-            if len(found) != 1:  # torch's reader would take one of them, and not look at upper or lower case
-                raise pickle.UnpicklingError(f"it has {len(found)} files data.pkl")
-            pickles = [io.BytesIO(archive.read(found[0]))]
+        pickles: list[BinaryIO] = [io.BytesIO(pickle_in_zip(file, path))] if is_zip else [file] * 5
         for pickled in pickles:
-            for opcode, argument, _ in pickletools.genops(pickled):
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
                 if opcode.name in ("GLOBAL", "INST"):
                     names.add(PYTHON_2.get(argument, argument))
-                elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-                    raise pickle.UnpicklingError(f"it names something by {opcode.name}")
+                elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "DUP") or number > 500_000:
+                    raise pickle.UnpicklingError(f"its opcode {number} is {opcode.name}")
     return names
+
+
+def pickle_in_zip(file: BinaryIO, path: Path) -> bytes:
+    """Returns the pickle of a file of torch.save, having compared all checksums: a flipped bit is found here.
+
+    Raises: pickle.UnpicklingError where the file could be read in two ways or unpacks to more than it is.
+    """
+    archive, size, found = zipfile.ZipFile(file), path.stat().st_size, []
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+            raise pickle.UnpicklingError(f"{entry.filename} would unpack to {entry.file_size:,} bytes")
+        with archive.open(entry) as content:  # raises BadZipFile for another checksum
+            while entry.CRC and content.read(1 << 20):
+                pass
+        if entry.filename.lower().endswith("data.pkl"):  # torch's reader does not look at the case
+            found.append(archive.read(entry))
+    first = min(entry.header_offset for entry in archive.infolist())
+    if len(found) != 1 or first or torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != found[0]:
+        raise pickle.UnpicklingError(f"it has {len(found)} files data.pkl, or two tables of contents")
+    return found[0]
 
 
 # Pickles of torch.save name what is built in as Python 2 did, and torch.load looks it up by its name today.
@@ -1103,9 +1136,12 @@ def from_fairseq(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], d
         else:
             weights[key] = value
     weights = normalise(rename(weights, {new: old for old, new in reversed(FAIRSEQ_NAMES.items())}))
-    for name, needed in (("activation_fn", "gelu"), ("pooler_activation_fn", "tanh")):
-        if arguments.get(name, needed) != needed:
-            raise ValueError(f"{path}: {name} {arguments[name]!r} is not built, only {needed!r}")
+    needed = {"activation_fn": "gelu", "pooler_activation_fn": "tanh", "encoder_normalize_before": False,
+              "layernorm_embedding": True, "no_scale_embedding": True, "encoder_learned_pos": True,
+              "no_token_positional_embeddings": False, "encoder_layers_to_keep": None}
+    for name, value in needed.items():
+        if arguments.get(name, value) != value:
+            raise ValueError(f"{path}: {name} {arguments[name]!r} is not built, only {value!r}")
     if has_own_decoder(weights) and not arguments.get("untie_weights_roberta"):
         raise ValueError(f"{path}: the LM head's weight is not the embedding's, though untie_weights_roberta "
                          "is not set")
@@ -1217,13 +1253,22 @@ def export(directory: str | Path, out: str | Path, file_format: str, head: str |
     """
     from data import Tokenizer  # here, since with ids alone this file needs only torch
 
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something already; choose another directory")
     model, tokenizer = open_model(directory, head), Tokenizer.from_pretrained(find_model(directory))
-    if file_format == "fairseq":
-        save_fairseq(model, out, tokenizer)
-    else:
-        model.save_pretrained(out, tokenizer)
+    temporary = out.with_name(f".{out.name}.tmp")  # `out` appears when it is whole
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if file_format == "fairseq":
+            save_fairseq(model, temporary, tokenizer)
+        else:
+            model.save_pretrained(temporary, tokenizer)
+        os.replace(temporary, out)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"cannot write {out} ({first_line(error)}); is the disk full?") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     print(f"{type(model).__name__} of {model.num_parameters():,} parameters and its tokenizer are in {out}")
 
 

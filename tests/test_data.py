@@ -218,18 +218,49 @@ def test_fairseqs_files_open_through_the_dictionary(tmp_path):
     tokenizer = data.Tokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode("aaa") == [4, 5] and tokenizer.mask_id == 4 + 257 + 1
     assert tokenizer.decode([4, 5]) == "aaa"
+    whole = (tmp_path / "dict.txt").read_text()
+    for changed, message in (
+        (whole.replace("\n", "\n\n", 1), "line 2 of dict.txt is empty"),
+        (whole + f"{aa} 1\n", "'aa' stands twice"),
+        (whole + "<mask> 1\n", "'<mask>' stands twice"),
+    ):
+        (tmp_path / "dict.txt").write_text(changed)
+        with pytest.raises(ValueError, match=message):
+            data.Tokenizer.from_pretrained(tmp_path)
 
 
 def test_bad_tokenizer_files(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no tokenizer here"):
         data.Tokenizer.from_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    vocab = tmp_path / "vocab.json"
-    vocab.write_text(json.dumps({t: i for t, i in tokenizer.vocab.items() if t != "<mask>"}))
-    with pytest.raises(ValueError, match="<mask> has id None"):
+    vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    whole, half = vocab.read_text(), merges.read_text()[: merges.stat().st_size // 2].rsplit("\n", 1)[0]
+    merges.write_text(half)
+    with pytest.raises(ValueError, match="they do not say the same"):
         data.Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="no merge makes .* the merges are cut short"):
+        data.Tokenizer.from_pretrained(tmp_path)
+    for changed, message in (
+        ({t: i for t, i in tokenizer.vocab.items() if t != "<mask>"}, "<mask> has id None"),
+        (tokenizer.vocab | {"<mask>": 2_000_000_000}, "must be 0 to"),
+        (tokenizer.vocab | {"<mask>": "1"}, "must be 0 to"),
+        (tokenizer.vocab | {"<mask>": -1}, "must be 0 to"),
+        ([1], "vocab.json: damaged, no object but list"),
+    ):
+        vocab.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"^{tmp_path}.*{message}"):
+            data.Tokenizer.from_pretrained(tmp_path)
     vocab.write_text("{")
     with pytest.raises(ValueError, match="vocab.json: damaged"):
+        data.Tokenizer.from_pretrained(tmp_path)
+    vocab.write_text(whole)
+    merges.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"^{tmp_path}.*merges.txt"):
+        data.Tokenizer.from_pretrained(tmp_path)
+    merges.write_text("\n".join(map(" ".join, tokenizer.merges)))
+    (tmp_path / "added_tokens.json").write_text('{"<ent>": 900}')
+    with pytest.raises(ValueError, match="tokens were added, such as '<ent>'"):
         data.Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lacks? 'zz'|make 'zz'"):
         data.Tokenizer(tokenizer.vocab, [("z", "z")])

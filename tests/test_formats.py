@@ -596,6 +596,8 @@ def test_what_fairseq_has_no_place_for_is_refused(tmp_path, tokenizer):
         (lambda c: c["model"].pop("encoder.lm_head.dense.bias"), "missing, first of all lm_head.dense.bias"),
         (lambda c: c["model"].__setitem__("encoder.more", torch.zeros(1)), "no place .* encoder.more"),
         (lambda c: c.pop("args"), "`args` or `cfg`"),
+        (lambda c: setattr(c["args"], "encoder_normalize_before", True), "encoder_normalize_before True"),
+        (lambda c: setattr(c["args"], "encoder_layers_to_keep", "0,2"), "encoder_layers_to_keep '0,2'"),
         (lambda c: c["model"].clear(), "without"),
     ],
 )
@@ -703,6 +705,14 @@ def write_capitals(path):
             archive.writestr(entry.filename.replace("data.pkl", "DATA.PKL"), content)
 
 
+def write_twice(path):
+    """Two archives, one behind the other, of which Python's reader and torch's may see another each."""
+    torch.save({"x": torch.zeros(1)}, path)
+    harmless = path.read_bytes()
+    torch.save({"x": Hostile(bytearray, (1 << 30,))}, path)
+    path.write_bytes(path.read_bytes() + harmless)
+
+
 def write_stretched(path):
     """Weights of one stored number, stretched over 10^15."""
     torch.save({"lm_head.bias": torch.zeros(1).expand(10**9, 10**6)}, path)
@@ -725,6 +735,8 @@ EVIL = {
     "asks for memory in capitals": write_capitals,
     "asks for memory": lambda path: torch.save({"x": Hostile(bytearray, (1 << 36,))}, path),
     "packed": write_bomb,
+    "two archives": write_twice,
+    "many lists": lambda path: path.write_bytes(b"\x80\x02" + b"]" * 5_000_000 + b"."),
     "stretched": write_stretched,
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("<html>not found</html>"),
@@ -740,6 +752,7 @@ EVIL_SAFETENSORS = {
     "header of petabytes": header(1 << 60),
     "header cut short": header(1 << 20, b"{"),
     "no JSON": header(4, b"{{{{"),
+    "header of 8 MB": header(1 << 23, b"{" + b" " * (1 << 23)),
     "weights of petabytes": header(len(PETABYTES), PETABYTES),
 }
 
@@ -806,13 +819,20 @@ def test_a_file_cut_anywhere_or_altered_is_refused_or_harmless(oracle, tmp_path,
     generator = torch.Generator().manual_seed(0)
     for place in torch.randint(0, len(whole), (200,), generator=generator).tolist():
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
-        try:  # a number of a weight may have changed, and nothing else
+        try:  # safetensors has no checksums: there a number may have changed, and nothing else
             opened = RobertaForMaskedLM.from_pretrained(tmp_path)
         except ValueError as error:
             assert str(tmp_path) in str(error) and len(str(error).splitlines()) == 1
         else:
-            pairs = zip(opened.to_hugging_face().items(), sorted(theirs.state_dict()))
-            assert all(torch.isfinite(value).all() for (_, value), _ in pairs)
+            changed = [
+                key
+                for key, value in opened.to_hugging_face().items()
+                if not value.equal(theirs.state_dict()[key])
+            ]
+            allowed = {"roberta.embeddings.token_type_embeddings.weight"}  # folded into the positions
+            allowed |= {"roberta.embeddings.position_embeddings.weight"}
+            assert name == "model.safetensors" or set(changed) <= allowed
+            assert all(value.isfinite().all() for value in opened.state_dict().values())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
