@@ -77,6 +77,7 @@ from train import (
     claim_directory,
     fail,
     in_range,
+    leave,
     micro_batch_size,
     plot_log,
     point_to,
@@ -1544,8 +1545,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from here")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str, Any]]:

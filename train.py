@@ -993,8 +993,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"error: {error}")
     except KeyboardInterrupt:
         fail("interrupted while preparing; the same command goes on from here")
+    leave()
+
+
+def leave() -> None:
+    """Ends a rank whose work is done at once: gloo's threads were seen to abort a process being torn down."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
