@@ -1087,10 +1087,10 @@ def make_config(entries: dict[str, Any], weights: dict[str, Tensor], changes: di
     return config
 
 
-def read_config(directory: str | Path, **changes: Any) -> RobertaConfig:
+def read_config(directory: str | Path) -> RobertaConfig:
     """Returns the config of a saved model, of whatever origin. Raises: ValueError as `from_pretrained`."""
     directory = find_model(directory)
-    return make_config(*read_model(directory), changes, directory)
+    return make_config(*read_model(directory), {}, directory)
 
 
 def open_model(directory: str | Path, head: str | None = None) -> RobertaModelBase:
@@ -1230,8 +1230,7 @@ def save_fairseq(model: RobertaModelBase, directory: str | Path, tokenizer: Toke
         encoder_ffn_embed_dim=config.intermediate_size, encoder_attention_heads=config.num_attention_heads,
         max_positions=config.max_tokens, tokens_per_sample=config.max_tokens, activation_fn="gelu",
         pooler_activation_fn="tanh", dropout=config.hidden_dropout_prob,
-        attention_dropout=config.attention_probs_dropout_prob,
-        pooler_dropout=config.head_dropout,
+        attention_dropout=config.attention_probs_dropout_prob, pooler_dropout=config.head_dropout,
         untie_weights_roberta=not config.tie_word_embeddings)
     # optimizer_history and extra_state say nothing, but fairseq does not open a file without them.
     content = {"args": arguments, "model": weights, "optimizer_history": [{"lr_scheduler_state": {}}],
