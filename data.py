@@ -22,6 +22,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import gc
 import gzip
@@ -31,12 +32,15 @@ import importlib.util
 import io
 import json
 import lzma
+import mmap
 import multiprocessing
 import os
 import queue
 import re
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import sysconfig
 import threading
@@ -62,6 +66,7 @@ import tiktoken
 
 TEXT_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz")
 MAX_DOCUMENT_BYTES = 100_000  # a .txt without blank lines is cut at line ends: memory stays constant
+MAX_ROW_BYTES = 32 << 20  # a row of .jsonl has to be held whole to be understood
 PART_BYTES = 64 << 20  # a larger plain file is read by several workers, each a part of about this size
 
 
@@ -95,9 +100,10 @@ def _cut(path: Path, part_bytes: int) -> Iterator[Part]:
     with open(path, "rb") as file:
         while size - begin > 2 * part_bytes and path.suffix not in (".gz", ".xz"):
             file.seek(begin + part_bytes)
-            file.readline()
+            while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+                pass  # of a line that may be longer than memory
             give_up = file.tell() + MAX_DOCUMENT_BYTES  # a document so long is cut at a line's end anyway
-            while path.suffix != ".jsonl" and file.tell() < give_up and file.readline().strip():
+            while path.suffix != ".jsonl" and file.tell() < give_up and file.readline(1 << 20).strip():
                 pass
             if file.tell() >= size:
                 break
@@ -106,55 +112,139 @@ def _cut(path: Path, part_bytes: int) -> Iterator[Part]:
     yield Part(str(path), begin, size)
 
 
-def read_documents(path: str | Path, begin: int = 0, end: int | None = None) -> Iterator[str]:
+class LeftOut(NamedTuple):
+    """A line of the corpus, or what follows it in a damaged file, of which no text could be made."""
+
+    path: str
+    line: int
+    byte: int  # where the line begins, in the unpacked file
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: line {self.line}, at byte {self.byte}, {self.reason} {self.detail}".rstrip()
+
+
+def read_documents(path: str | Path, begin: int = 0, end: int | None = None,
+                   leave_out: Callable[[LeftOut], Any] | None = None) -> Iterator[str]:
     """Yields the documents of a file, or of a byte range of it, holding one of them at a time.
 
     `.jsonl`: one object a line, its "text" field. Anything else is text: blank lines separate documents, line
-    ends become "\\n". `.gz` and `.xz` are unpacked on the way.
+    ends become "\\n", and what is longer than MAX_DOCUMENT_BYTES without a blank line is cut at the end of a
+    line, or where a line is so long at a space. `.gz` and `.xz` are unpacked on the way.
 
-    Raises: ValueError naming file and byte where a line is not UTF-8 or no object with a "text" string.
+    `leave_out` is told of each line that is left out: what is not UTF-8 or holds a NUL, a row that is no
+    object with a "text" string or longer than MAX_ROW_BYTES, and the rest of a damaged packed file.
+    Raises: ValueError for the first of these where `leave_out` is None; OSError where the disk can't be read.
     """
-    path, position = Path(path), begin
+    path = Path(path)
     packed = path.suffix in (".gz", ".xz")
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     is_json = (path.with_suffix("") if packed else path).suffix == ".jsonl"
+    position, number = begin, 0  # of the line at hand: its first byte, the lines of this part before it
+
+    def unusable(reason: str, detail: object = "") -> None:
+        line = _count_lines(path, begin) + number + 1
+        problem = LeftOut(str(path), line, position, reason, str(detail))
+        if leave_out is None:
+            raise ValueError(problem)
+        leave_out(problem)
+
     lines, size = [], 0
     try:
         with opener(path, "rb") as file:
             file.seek(begin)
-            for raw in file:
+            for raw, length, is_whole in (_read_rows if is_json else _read_lines)(file):
                 if end is not None and not packed and position >= end:
                     break
-                line = raw.decode("utf-8").rstrip("\r\n")
-                line = line.removeprefix("\ufeff") if position == 0 else line  # a byte-order mark is no text
-                if is_json and line.strip():
-                    text = _text_of_row(line)
-                    if text.strip():
-                        yield text
-                elif line.strip():
-                    lines.append(line)
-                    size += len(raw)
-                if lines and (not line.strip() or size > MAX_DOCUMENT_BYTES):
+                line = raw.removeprefix(b"\xef\xbb\xbf") if position == 0 else raw  # a byte-order mark
+                text = ""
+                try:
+                    text = _text_of_row(line) if is_json else _text_of_line(line)
+                except _NoText as problem:
+                    unusable(*problem.args)
+                if is_json and text.strip():
+                    yield text
+                elif text.strip():
+                    lines.append(text)
+                    size += length
+                if lines and (not raw.strip() or not is_whole or size > MAX_DOCUMENT_BYTES):
                     yield "\n".join(lines)
                     lines, size = [], 0
-                position += len(raw)
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path}: unreadable, damaged or cut short at byte {position} ({error})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: the line at byte {position} is not UTF-8 ({error.reason}); convert the "
-                         "file first, for example with: iconv -f LATIN1 -t UTF-8") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: the line at byte {position} is unusable: {error}") from None
+                position, number = position + length, number + is_whole
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        unusable("and what follows is damaged or cut short", f"({error})")
     if lines:
         yield "\n".join(lines)
 
 
-def _text_of_row(line: str) -> str:
-    row = json.loads(line)
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError('a row must be an object with a "text" string')
-    row["text"].encode("utf-8")  # JSON can spell lone surrogates: fail here, where the place is known
-    return row["text"]
+def _read_lines(file: typing.BinaryIO) -> Iterator[tuple[bytes, int, bool]]:
+    """Yields the lines of a text, a very long one in pieces: bytes, their number, whether the line is over.
+
+    A piece ends behind a space, or where there is none before a character.
+    """
+    rest = b""
+    while raw := rest + file.readline(MAX_DOCUMENT_BYTES + 1 - len(rest)):
+        rest = b""
+        is_whole = raw.endswith(b"\n") or len(raw) <= MAX_DOCUMENT_BYTES  # the last line may have no end
+        if not is_whole:
+            beginnings = [i for i in range(len(raw) - 4, len(raw)) if raw[i] & 0xC0 != 0x80]  # of characters
+            cut = raw.rfind(b" ") + 1 or max(beginnings, default=len(raw))
+            raw, rest = raw[:cut], raw[cut:]
+        yield raw, len(raw), is_whole
+
+
+def _read_rows(file: typing.BinaryIO) -> Iterator[tuple[bytes, int, bool]]:
+    """Yields the same of a .jsonl; of a row that is too long no more than shows that it is."""
+    while raw := file.readline(MAX_ROW_BYTES + 1):
+        length, piece = len(raw), raw
+        while len(piece) > MAX_ROW_BYTES and not piece.endswith(b"\n"):
+            piece = file.readline(MAX_ROW_BYTES + 1)
+            length += len(piece)
+        yield raw, length, True
+
+
+class _NoText(ValueError):
+    """Why a line is left out, and more about it."""
+
+
+def _text_of_line(raw: bytes) -> str:
+    try:
+        line = raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise _NoText("is not UTF-8", f"({error.reason}); convert the file first, for example with: "
+                      "iconv -f LATIN1 -t UTF-8") from None
+    if "\0" in line:
+        raise _NoText("holds a NUL", "character; is the file binary, or UTF-16?")
+    return line
+
+
+def _text_of_row(raw: bytes) -> str:
+    if len(raw) > MAX_ROW_BYTES:
+        raise _NoText(f"is longer than {MAX_ROW_BYTES} bytes")
+    line = _text_of_line(raw)
+    if not line.strip():
+        return ""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _NoText("is no JSON", f"({error})") from None
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise _NoText('is no object with a "text" string')
+    if re.search("[\ud800-\udfff]", text):  # JSON can spell what is no text
+        raise _NoText("holds half a surrogate pair")
+    return text
+
+
+@functools.lru_cache(maxsize=1)
+def _count_lines(path: Path, end: int) -> int:
+    """Returns how many lines of a file end before byte `end`."""
+    count = 0
+    with open(path, "rb") as file:
+        while end > 0 and (block := file.read(min(end, 1 << 20))):
+            count, end = count + block.count(b"\n"), end - len(block)
+    return count
 
 
 # A first run needs nothing but the machine: these are packages that the requirements bring along.
@@ -520,12 +610,70 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file that after any crash is the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = temporary_beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk, perhaps: leave no more on it than there was
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """Returns a name for what is to become `path`, in the same directory, that no other process uses."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what a killed process left half written. Only for who has the directory to itself."""
+    for path in directory.glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+LOCK_PATIENCE = 5  # seconds in which the workers of a process that was just killed are gone, too
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps a directory, which is made if need be, to this process for the time of a `with` block.
+
+    The lock is the kernel's, on an open file: it ends with the process, however that ends, so a crashed
+    run leaves none behind. Raises: ValueError naming the process that has the directory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path, give_up = directory / ".lock", time.monotonic() + LOCK_PATIENCE
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                file.seek(0)
+                holder = file.read() or "another process"
+                raise ValueError(f"{directory} is in use by {holder}; wait until it ends, or choose another "
+                                 "--out") from None
+            file.close()
+            time.sleep(0.1)
+            continue
+        except OSError as error:
+            say(f"warning: {directory} can't be locked ({error.strerror}); let no other run write there")
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # its holder has removed it meanwhile
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -703,6 +851,7 @@ class PrepareConfig:
     workers: int = flag(0, "processes; 0: one a core")
     held_out: float = flag(0.01, "share of the documents kept apart for evaluation, chosen by their hash")
     bpe_megabytes: int = flag(100, "MB of text, spread over the corpus, to train the tokenizer on")
+    strict: bool = flag(False, "stop at a line that is no text, instead of leaving it out")
 
 
 def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
@@ -714,13 +863,27 @@ def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
     killed anywhere, the same call finishes the rest. Under torchrun each rank takes its share of the parts
     and waits for the others' results to appear in the directory, which all must see.
 
-    Raises: ValueError for bad input or where `out` holds something else; OSError where the disk is full.
+    Lines of which no text can be made (`read_documents`) are left out, counted in the manifest and named in
+    left-out.jsonl, the first MAX_NAMED of each part.
+
+    Raises: ValueError for bad input, with `strict` for the first such line, or where `out` holds something
+    else or another process is at work in it; OSError where the disk is full.
     """
+    with locked(Path(config.out)) if rank == 0 else contextlib.nullcontext():
+        return _prepare(config, rank, world_size)
+
+
+def _prepare(config: PrepareConfig, rank: int, world_size: int) -> Path:
     out, work, settings = Path(config.out), Path(config.out) / WORK, _settings(config)
     if (out / "manifest.json").exists():
-        _compare_settings(out, read_json(out / "manifest.json").get("settings", {}), settings)
+        manifest = read_json(out / "manifest.json")
+        _compare_settings(out, manifest.get("settings", {}), settings)
+        if config.strict and manifest.get("left_out"):
+            first = (out / "left-out.jsonl").read_text(encoding="utf-8").split("\n")[0]
+            raise ValueError(LeftOut(**json.loads(first)))
         say(f"{out} is prepared already", rank)
-        shutil.rmtree(work, ignore_errors=True)  # it is there only if the end came in between
+        if rank == 0:
+            _clean_up(out)  # there is something only if the end came in between
         return out
     if rank == 0 and not (out / "tokenizer").exists() and (work / "settings.json").exists():
         if read_json(work / "settings.json") != settings:
@@ -746,9 +909,14 @@ def _run_passes(config: PrepareConfig, settings: dict, rank: int, world_size: in
     parts = find_parts(config.corpus or [_harvest(out, workers, rank)])
     mine = range(rank, len(parts), world_size)
     digests = [work / f"digests-{i:05d}.npy" for i in range(len(parts))]
-    jobs = [(parts[i], digests[i]) for i in mine if not digests[i].exists()]
+    jobs = [(parts[i], digests[i], config.strict) for i in mine if not digests[i].exists()]
     _run_parts("digest", _digest_part, jobs, workers)
     wait_for(digests, out)
+    left_out = [read_json(left_out_beside(path)) for path in digests]
+    if config.strict and any(record["counts"] for record in left_out):  # of a call that was not strict
+        raise ValueError(next(LeftOut(**entry) for record in left_out for entry in record["first"]))
+    if rank == 0:
+        _write_left_out(out, left_out)
     splits = assign_splits([np.load(path) for path in digests], config.held_out)
 
     if rank == 0 and not (out / "tokenizer").exists():
@@ -762,9 +930,16 @@ def _run_passes(config: PrepareConfig, settings: dict, rank: int, world_size: in
     _run_parts("encode", _encode_part, jobs, workers)
     wait_for(records, out)
     if rank == 0:
-        _write_manifest(out, settings, [read_json(path) for path in records], np.concatenate(splits))
-        shutil.rmtree(work)
+        encoded = [read_json(path) for path in records]
+        _write_manifest(out, settings, encoded, np.concatenate(splits), left_out)
+        _clean_up(out)
     wait_for([out / "manifest.json"], out)
+
+
+def _clean_up(out: Path) -> None:
+    """Removes what a finished preparation needs no longer, and what killed ones left."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    remove_leftovers(out)
 
 
 def wait_for(paths: Sequence[Path], out: Path) -> None:
@@ -883,10 +1058,45 @@ def _harvest_files(files: list[Path], destination: Path) -> int:
     return len(content)
 
 
-def _digest_part(part: Part, destination: Path) -> Part:
-    """Writes the digest of each document of a part."""
-    save_array(destination, digest(read_documents(*part)))
+MAX_NAMED = 1000  # lines left out that are named, of a part; all are counted
+
+
+def _digest_part(part: Part, destination: Path, strict: bool) -> Part:
+    """Writes which lines of a part are left out, then the digest of each document."""
+    counts: Counter[str] = Counter()
+    first: list[dict] = []
+
+    def leave_out(problem: LeftOut) -> None:
+        counts[problem.reason] += 1
+        if len(first) < MAX_NAMED:
+            first.append(problem._asdict())
+
+    digests = digest(read_documents(*part, None if strict else leave_out))
+    record = {"counts": counts, "first": first}
+    write_atomically(left_out_beside(destination), json.dumps(record).encode())
+    save_array(destination, digests)
     return part
+
+
+def left_out_beside(digests: Path) -> Path:
+    return digests.with_name(digests.name.replace("digests", "left-out")).with_suffix(".json")
+
+
+def ignore(_: LeftOut) -> None:
+    """Leaves out what the first pass has counted and named."""
+
+
+def _write_left_out(out: Path, records: list[dict]) -> None:
+    """Writes and shows which lines were left out, if any were."""
+    entries = [entry for record in records for entry in record["first"]]
+    if not entries:
+        return
+    write_atomically(out / "left-out.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    for entry in entries[:3]:
+        say(f"left out: {LeftOut(**entry)}")
+    counts = sum((Counter(record["counts"]) for record in records), Counter())
+    kinds = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    say(f"left out {counts.total():,} lines: {kinds}; {out / 'left-out.jsonl'} names them")
 
 
 def digest(documents: Iterable[str]) -> np.ndarray:
@@ -937,7 +1147,7 @@ def _count_part(part: Part, characters: int) -> Counter[str]:
 
     def sample() -> Iterator[str]:
         left = characters
-        for document in read_documents(*part):
+        for document in read_documents(*part, ignore):
             yield document
             left -= len(document)
             if left <= 0:
@@ -966,8 +1176,9 @@ class ShardWriter:
     KINDS = ("tokens", "sentences", "documents")
 
     def __init__(self, directory: Path, name: str, vocab_size: int):
-        self.directory, self.name, self.dtype = directory, name, token_dtype(vocab_size)
-        self.files = {kind: open(directory / f".{name}.{kind}.tmp", "wb") for kind in self.KINDS}
+        self.name, self.dtype = name, token_dtype(vocab_size)
+        self.paths = {kind: directory / f"{name}.{kind}.bin" for kind in self.KINDS}
+        self.files = {kind: open(temporary_beside(path), "wb") for kind, path in self.paths.items()}
         self.hashes = {kind: hashlib.sha256() for kind in self.KINDS}
         self.counts = dict.fromkeys(self.KINDS, 0)
         self.unigram = np.zeros(vocab_size, dtype=np.int64)
@@ -1004,7 +1215,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            os.replace(file.name, self.directory / f"{self.name}.{kind}.bin")
+            os.replace(file.name, self.paths[kind])
         return {"name": self.name, "counts": self.counts,
                 "sha256": {kind: value.hexdigest() for kind, value in self.hashes.items()}}
 
@@ -1018,7 +1229,7 @@ def _encode_part(part: Part, index: int, splits: np.ndarray, out: Path) -> Part:
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
     writers = [ShardWriter(out, f"{split}-{index:05d}", tokenizer.vocab_size) for split in SPLITS]
     number = -1
-    for number, document in enumerate(read_documents(*part)):
+    for number, document in enumerate(read_documents(*part, ignore)):
         if number < len(splits) and splits[number] != DUPLICATE:
             writers[splits[number]].add(*encode_document(document, tokenizer))
     if number + 1 != len(splits):
@@ -1030,7 +1241,8 @@ def _encode_part(part: Part, index: int, splits: np.ndarray, out: Path) -> Part:
     return part
 
 
-def _write_manifest(out: Path, settings: dict, records: list[dict], splits: np.ndarray) -> None:
+def _write_manifest(out: Path, settings: dict, records: list[dict], splits: np.ndarray,
+                    left_out: list[dict]) -> None:
     """Writes manifest.json, last of all: a directory that has one is complete."""
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
     counts = {split: {kind: sum(record[split]["counts"][kind] for record in records)
@@ -1042,6 +1254,7 @@ def _write_manifest(out: Path, settings: dict, records: list[dict], splits: np.n
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": tokenizer.fingerprint,
         "counts": counts | {"duplicate_documents_dropped": duplicates},
+        "left_out": sum((Counter(record["counts"]) for record in left_out), Counter()),
         "settings": settings,
         "shards": {split: [record[split] for record in records if record[split]["counts"]["tokens"]]
                    for split in SPLITS},
@@ -1081,25 +1294,36 @@ class Corpus:
             unfinished = (self.directory / WORK / "settings.json").exists()
             raise ValueError(f"{directory}: " + ("unfinished; run the same `data.py prepare` again"
                              if unfinished else "no manifest.json; make one with `python data.py prepare`"))
-        self.manifest = read_json(self.directory / "manifest.json")
-        if (version := self.manifest.get("format_version")) != FORMAT_VERSION:
-            raise ValueError(f"{directory}: format version {version}, this program reads {FORMAT_VERSION}; "
-                             "delete it and prepare again")
+        self.manifest = _read_manifest(self.directory)
         self.tokenizer = Tokenizer.from_pretrained(self.directory / "tokenizer")
         if (found := self.tokenizer.fingerprint) != self.manifest["tokenizer"]:
             raise ValueError(f"{directory}: tokenizer/ holds {found}, the shards were made with "
                              f"{self.manifest['tokenizer']}; put it back, or delete all and prepare again")
         self.vocab_size = self.tokenizer.vocab_size
-        self.unigram = np.load(self.directory / "unigram.npy")  # (V,) counts of ids in the train split
+        self.unigram = self._unigram()  # (V,) counts of ids in the train split
         self.shards: list[Shard] = []
         self.num_tokens = 0
         for entry in self.manifest["shards"][split]:
-            arrays = [self._map(entry, kind) for kind in ShardWriter.KINDS]
+            arrays = tokens, sentences, documents = [self._map(entry, kind) for kind in ShardWriter.KINDS]
+            if not len(tokens) == sentences[-1] == documents[-1]:
+                raise ValueError(f"{directory}: {entry['name']} has {len(tokens)} tokens, sentences up to "
+                                 f"{sentences[-1]}, documents up to {documents[-1]}; prepare it again")
             self.shards.append(Shard(*arrays, base=self.num_tokens))
             self.num_tokens += entry["counts"]["tokens"]
         if not self.shards:
             raise ValueError(f"{directory}: the {split} split is empty; prepare more text")
         self._bases = np.array([shard.base for shard in self.shards])
+
+    def _unigram(self) -> np.ndarray:
+        path, tokens = self.directory / "unigram.npy", self.manifest["counts"]["train"]["tokens"]
+        try:
+            counts = np.array(np.load(path, mmap_mode="r"))  # mapped: no header can claim more than there is
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete {self.directory}, prepare again") from None
+        if counts.shape != (self.vocab_size,) or counts.sum() != tokens:
+            raise ValueError(f"{path}: {counts.sum()} tokens of {counts.shape[:1]} units, the manifest has "
+                             f"{tokens} of {self.vocab_size}; delete {self.directory}, prepare again")
+        return counts
 
     def _path(self, entry: dict, kind: str) -> Path:
         return self.directory / f"{entry['name']}.{kind}.bin"
@@ -1111,7 +1335,11 @@ class Corpus:
         if found != expected:
             raise ValueError(f"{path}: {found} bytes, not the manifest's {expected}; delete {self.directory} "
                              "and prepare it again")
-        return np.memmap(path, dtype, mode="r")
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if kind == "tokens" and hasattr(mmap, "MADV_RANDOM"):  # sequences are read here and there
+            mapped.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(mapped, dtype)
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Compares this rank's share of the shards with their checksums. Raises: ValueError naming it."""
@@ -1131,6 +1359,27 @@ class Corpus:
             inside = slice(*np.searchsorted(shard.documents, [begin + 1, end]))
             ids = np.insert(ids, shard.documents[inside] - begin, EOS)
         return ids
+
+
+def _read_manifest(directory: Path) -> dict:
+    """Returns the manifest. Raises: ValueError where it leads out of the directory, or lacks an entry."""
+    manifest, again = read_json(directory / "manifest.json"), "delete it and prepare again"
+    if (version := manifest.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{directory}: format version {version}, this program reads {FORMAT_VERSION}; "
+                         f"{again}")
+    try:
+        if manifest["dtype"] != token_dtype(manifest["vocab_size"]):
+            raise ValueError(f"dtype {manifest['dtype']} for {manifest['vocab_size']} units")
+        for split in SPLITS:
+            for entry in manifest["shards"][split]:
+                if not re.fullmatch(rf"{split}-\d+", entry["name"]):
+                    raise ValueError(f"a shard is named {entry['name']!r}")
+                if not all(entry["counts"][kind] > 0 and entry["sha256"][kind] for kind in ShardWriter.KINDS):
+                    raise ValueError(f"{entry['name']} has counts {entry['counts']}")
+        manifest["tokenizer"], manifest["counts"]["train"]["tokens"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory}: manifest.json is damaged ({error!r}); {again}") from None
+    return manifest
 
 
 def checksum(path: Path) -> str:
@@ -1194,14 +1443,15 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 InputFormat = Literal["full-sentences", "doc-sentences", "segment-pair", "sentence-pair"]
 PAIR_FORMATS = ("segment-pair", "sentence-pair")
-STRETCH = 1 << 20  # tokens after which FULL-SENTENCES begins a fresh sequence, see `pack`
+STRETCH = 1 << 20  # tokens after which FULL-SENTENCES begins a fresh sequence, see `_stretches`
+SLICE = 1 << 18  # sentences that are packed at once: what bounds the memory
 
 
 def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_format: InputFormat) -> np.ndarray:
-    """Returns the token ranges [begin, end) of a shard's sequences, or of the segments of pairs: (S, 2).
+    """Returns the tokens in each of a shard's sequences, or segments of pairs, (S,): end to end they are it.
 
-    sentences, documents: where each ends, in tokens. A range is the longest run of whole sentences that fits;
-    together the ranges are the shard, each token once. A sentence that does not fit alone is split.
+    sentences, documents: where each ends, in tokens. A sequence is the longest run of whole sentences that
+    fits. A sentence that does not fit alone is split.
 
     FULL-SENTENCES runs on across documents, at the cost of a separator. DOC-SENTENCES and the segments of
     SEGMENT-PAIR stop at a document's end. A segment of SENTENCE-PAIR is one sentence.
@@ -1209,40 +1459,80 @@ def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_forma
     be exchanged between pairs, for NSP's negatives, without one being too long or a token being lost.
 
     >>> pack(np.array([3, 5, 9]), np.array([5, 9]), seq_len=8, input_format="full-sentences").tolist()
-    [[0, 5], [5, 9]]
+    [5, 4]
     """
     # <s> A </s></s> B </s>, or <s> A </s>
     room = (seq_len - 4) // 2 if input_format in PAIR_FORMATS else seq_len - 2
     if room < 1:
         raise ValueError(f"seq_len {seq_len} leaves no room for text beside the special tokens; try 128")
-    begins, ends = _split_long(np.asarray(sentences), room)
-    if input_format == "sentence-pair":
-        return np.stack([begins, ends], axis=1)
+    cuts = _stretches(sentences, documents, room)
+    pieces = np.searchsorted(sentences, cuts) + cuts // room  # up to each cut: no fewer than there will be
+    begin, sizes = 0, []
+    for stop in cuts[np.flatnonzero(np.diff(pieces // SLICE, append=-1))]:
+        inside = slice(*np.searchsorted(sentences, [begin + 1, stop]))
+        ends = np.append(sentences[inside], stop)
+        if (np.diff(ends, prepend=begin) <= 0).any():
+            raise ValueError(f"sentence ends from {begin} to {stop} do not rise: the shard is damaged")
+        inside = slice(*np.searchsorted(documents, [begin + 1, stop + 1]))
+        ends = _pack_slice(begin, ends, documents[inside], cuts, room, input_format)
+        sizes.append(np.diff(ends, prepend=begin).astype(np.min_scalar_type(seq_len)))
+        begin = stop
+    return np.concatenate(sizes)
 
-    # Runs are found one after the other, but independently in each stretch of text: so all stretches advance
-    # together, a run at a time. A stretch is a document; for FULL-SENTENCES, the documents that end within
-    # the same million tokens, which costs one short sequence in thousands. A run that begins with sentence i
-    # may include j if reach[j], which counts a separator for each document before j, is within the limit.
-    document = np.searchsorted(documents, begins, side="right")
-    across = input_format == "full-sentences"
-    separators = document if across else np.zeros_like(document)
-    stretch = np.asarray(documents)[document] // STRETCH if across else document
-    reach = ends + separators
+
+def _stretches(sentences: np.ndarray, documents: np.ndarray, room: int) -> np.ndarray:
+    """Returns where a fresh sequence begins in any case, ascending, up to the end of the shard.
+
+    What lies between two such places can be packed alone. That is the case after the documents that end
+    within the same million tokens, which costs one short sequence in thousands; and within a document of
+    millions of tokens at the end of a sentence, or of a piece of a sentence as long as that.
+    """
+    marks = np.arange(STRETCH, sentences[-1], STRETCH)
+    before = np.searchsorted(documents, marks)  # the documents that end before each mark
+    cuts = np.unique(np.concatenate([np.where(before, documents[before - 1], 0), sentences[-1:]]))
+    cuts = cuts[cuts > 0]
+    place = np.searchsorted(cuts, marks)
+    marks = marks[np.diff(cuts, prepend=0)[place] > 2 * STRETCH]  # in long documents
+    if not len(marks):
+        return cuts
+    sentence = np.searchsorted(sentences, marks)
+    begin = np.where(sentence, sentences[sentence - 1], 0)
+    pieces = room * max(1, STRETCH // room)
+    ends = np.minimum(sentences[sentence], begin - (begin - marks) // pieces * pieces)
+    return np.unique(np.concatenate([cuts, ends]))
+
+
+def _pack_slice(begin: int, sentences: np.ndarray, documents: np.ndarray, cuts: np.ndarray, room: int,
+                input_format: InputFormat) -> np.ndarray:
+    """Returns where the sequences end that the sentences from `begin` on make.
+
+    A run that begins with sentence i may include j if reach[j], which counts a separator for each document
+    before j, is within the limit. So for each sentence the one is looked up that the next run would begin
+    with. Runs follow from each other, but independently in each stretch: all stretches advance together.
+    """
+    begins, ends = _split_long(begin, sentences, room)
+    if input_format == "sentence-pair":
+        return ends
+    stretch, document = (np.searchsorted(places, begins, side="right") for places in (cuts, documents))
+    separators = document
+    if input_format != "full-sentences":
+        stretch, separators = stretch + document, np.zeros_like(document)
     first = np.flatnonzero(np.diff(stretch, prepend=-1))
     last = np.append(first[1:], len(stretch))
-    runs = []
+    after = np.searchsorted(ends + separators, begins + separators + room, side="right")
+    is_end = np.zeros(len(ends) + 1, dtype=bool)
+    is_end[last] = True
     while len(first):
-        limit = begins[first] + separators[first] + room
-        after = np.minimum(np.searchsorted(reach, limit, side="right"), last)  # the first that does not fit
-        runs.append(np.stack([begins[first], ends[after - 1]], axis=1))
-        first, last = after[after < last], last[after < last]
-    result = np.concatenate(runs)
-    return result[np.argsort(result[:, 0])]
+        first = after[first]
+        inside = first < last
+        first, last = first[inside], last[inside]
+        is_end[first] = True
+    return ends[is_end[1:]]
 
 
-def _split_long(sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+def _split_long(begin: int, sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns begins and ends of the sentences, those longer than `room` cut into pieces of `room`."""
-    begins = np.concatenate([[0], sentences[:-1]])
+    begins = np.concatenate([[begin], sentences[:-1]])
     pieces = -(-(sentences - begins) // room)
     owner = np.repeat(np.arange(len(sentences)), pieces)
     number = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -1252,52 +1542,62 @@ def _split_long(sentences: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarra
 
 @dataclass(frozen=True)
 class EpochSequences:
-    """One epoch's sequences: token ranges (S, 2) of their first, and in pair formats second segments."""
+    """One epoch's sequences: ranges of tokens, or in the pair formats two of them each."""
 
-    first: np.ndarray
+    bounds: np.ndarray  # (N + 1,) range n is the tokens from bounds[n] to bounds[n + 1]
+    first: np.ndarray | None = None  # (S,) the number of a pair's first range; None: sequence n is range n
     second: np.ndarray | None = None
     is_random: np.ndarray | None = None  # (S,) NSP's label: 0 = it follows the first, 1 = it does not
 
-    @functools.cached_property
-    def sizes(self) -> np.ndarray:
-        """(S,) text tokens of each sequence: those that may be masked."""
-        segments = [self.first] if self.second is None else [self.first, self.second]
-        return sum(segment[:, 1] - segment[:, 0] for segment in segments)
+    def __len__(self) -> int:
+        return len(self.bounds) - 1 if self.first is None else len(self.first)
+
+    def segments(self, index: int | np.ndarray) -> list[np.ndarray]:
+        """Returns [begin, end) of the sequences `index`, (..., 2): of their only segment, or of both."""
+        ranges = [index] if self.first is None else [self.first[index], self.second[index]]
+        return [np.stack([self.bounds[n], self.bounds[n + 1]], axis=-1) for n in ranges]
+
+    def sizes(self, index: int | np.ndarray) -> np.ndarray:
+        """Returns the text tokens of the sequences `index`: those that may be masked."""
+        return sum(segment[..., 1] - segment[..., 0] for segment in self.segments(index))
 
 
 class Sequences:
-    """The sequences of a corpus in one input format; in the pair formats they are paired anew every epoch."""
+    """The sequences of a corpus in one input format; in the pair formats they are paired anew every epoch.
+
+    Eight bytes for each are all that is kept in memory.
+    """
 
     def __init__(self, corpus: Corpus, input_format: InputFormat, seq_len: int):
         self.corpus, self.input_format, self.seq_len = corpus, input_format, seq_len
         packed = [pack(shard.sentences, shard.documents, seq_len, input_format) for shard in corpus.shards]
-        self.ranges = np.concatenate([ranges + shard.base for ranges, shard in zip(packed, corpus.shards)])
+        self.bounds = np.concatenate([[0], *packed], dtype=np.int64)
+        np.cumsum(self.bounds, out=self.bounds)
         self.is_pairs = input_format in PAIR_FORMATS
         self.special_tokens = 4 if self.is_pairs else 2  # of a sequence, separators between documents apart
-        self._last_epoch = (0, 0), EpochSequences(self.ranges)  # of all epochs, but for the pair formats
+        self._last_epoch = (0, 0), EpochSequences(self.bounds)  # of all epochs, but for the pair formats
         if self.is_pairs:
             self._last_epoch = None, None
             ends = np.concatenate([shard.documents + shard.base for shard in corpus.shards])
             if len(ends) < 2:
                 raise ValueError(f"{corpus.directory}: NSP's negatives need two documents, the "
                                  f"{corpus.split} split has one; prepare more text")
-            self.documents = np.searchsorted(ends, self.ranges[:, 0], side="right")  # (S,) of each segment
+            self.documents = np.searchsorted(ends, self.bounds[:-1], side="right")  # (N,) of each range
 
     def epoch(self, seed: int, epoch: int) -> EpochSequences:
         """Returns an epoch's sequences, a pure function of (seed, epoch)."""
         if self.is_pairs and self._last_epoch[0] != (seed, epoch):
-            first, second, is_random = pair_up(self.documents, seed, epoch)
-            found = EpochSequences(self.ranges[first], self.ranges[second], is_random)
+            found = EpochSequences(self.bounds, *pair_up(self.documents, seed, epoch))
             self._last_epoch = (seed, epoch), found
         return self._last_epoch[1]
 
     def token_ids(self, sequences: EpochSequences, index: int) -> tuple[np.ndarray, int]:
         """Returns a sequence with its special tokens, and where its second segment begins (or would)."""
-        separators = self.input_format == "full-sentences"
-        ids = [[BOS], self.corpus.read(*sequences.first[index], separators), [EOS]]
+        first, *second = sequences.segments(index)
+        ids = [[BOS], self.corpus.read(*first, separators=self.input_format == "full-sentences"), [EOS]]
         second_at = sum(map(len, ids))
-        if sequences.second is not None:
-            ids += [[EOS], self.corpus.read(*sequences.second[index]), [EOS]]
+        for segment in second:
+            ids += [[EOS], self.corpus.read(*segment), [EOS]]
         return np.concatenate(ids), second_at
 
 
@@ -1468,19 +1768,27 @@ class Batches:
         self.rank, self.world_size = rank, world_size
         self.num_micro_batches = batch_size // (micro_batch_size * world_size)
         self.fixed = sequences.input_format == "full-sentences"
-        tokens = (self._sequences(0).sizes + sequences.special_tokens).sum()
-        # In the other formats. Rounded down, so that no step is smaller than one sequence can be.
-        self.steps_per_epoch = max(1, int(tokens) // (batch_size * sequences.seq_len))
         self._last_order: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _sequences(self, epoch: int) -> EpochSequences:
         """Returns an epoch's sequences; with static masking the pairs recur with the masks."""
         return self.sequences.epoch(self.seed, epoch % STATIC_MASKS if self.masking == "static" else epoch)
 
+    @functools.cached_property
+    def steps_per_epoch(self) -> int:
+        """In the formats whose steps vary. Rounded down, so that none is smaller than one sequence can be."""
+        tokens = self._lengths(0).sum()
+        return max(1, int(tokens) // (self.batch_size * self.sequences.seq_len))
+
+    def _lengths(self, epoch: int) -> np.ndarray:
+        """Returns the tokens of each of an epoch's sequences, special ones included, (S,)."""
+        sequences = self._sequences(epoch)
+        return sequences.sizes(np.arange(len(sequences))) + self.sequences.special_tokens
+
     def step(self, step: int) -> Step:
         """Returns this rank's micro-batches of a step."""
         if self.fixed:
-            size = len(self.sequences.ranges)
+            size = len(self._sequences(0))
             epochs, places = np.divmod(step * self.batch_size + np.arange(self.batch_size), size)
             index = [permute(places[epochs == e], size, self.seed, int(e)) for e in np.unique(epochs)]
             index, passes = np.concatenate(index), step * self.batch_size / size
@@ -1488,9 +1796,9 @@ class Batches:
             epoch, number = divmod(step, self.steps_per_epoch)
             order, bounds = self._variable_order(epoch)
             index, passes = order[bounds[number] : bounds[number + 1]], step / self.steps_per_epoch
-            index = index[np.argsort(self._sequences(epoch).sizes[index], kind="stable")]
+            index = index[np.argsort(self._sequences(epoch).sizes(index), kind="stable")]
             epochs = np.full(len(index), epoch)
-        sizes = self._sequences(int(epochs[0])).sizes[index]  # a step over two epochs has no pairs
+        sizes = self._sequences(int(epochs[0])).sizes(index)  # a step over two epochs has no pairs
         groups = self._groups(sizes)[self.rank :: self.world_size]
         batches = [self.assemble(index[group], epochs[group]) for group in groups]
         return Step(passes, batches, int(predictions_of(sizes, self.mlm_probability).sum()), len(index))
@@ -1498,7 +1806,7 @@ class Batches:
     def _variable_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns an epoch's order and where in it each step begins, for steps of equal token count."""
         if self._last_order is None or self._last_order[0] != epoch:
-            lengths = self._sequences(epoch).sizes + self.sequences.special_tokens
+            lengths = self._lengths(epoch)
             order = permute(np.arange(len(lengths)), len(lengths), self.seed, epoch)
             ends = np.cumsum(lengths[order])
             cuts = np.linspace(0, ends[-1], self.steps_per_epoch + 1)[1:-1]
@@ -1533,6 +1841,9 @@ class Batches:
             if self.sequences.is_pairs:
                 types[row, second_at : len(ids)] = 1
                 next_labels[row] = chosen[row].is_random[index[row]]
+        if (highest := input_ids.max()) >= self.sequences.corpus.vocab_size:
+            raise ValueError(f"{self.sequences.corpus.directory}: id {highest} in a vocabulary of "
+                             f"{self.sequences.corpus.vocab_size} units: a damaged shard; prepare again")
         index, epochs = np.resize(index, len(input_ids)), np.resize(epochs, len(input_ids))
         masked, labels = mask_tokens(
             input_ids, index, epochs, seed=self.seed, vocab_size=self.sequences.corpus.vocab_size,
@@ -1548,7 +1859,7 @@ class Batches:
 
     def held_out(self, limit: int) -> Iterator[Batch]:
         """Yields this rank's share of the first `limit` sequences of a fixed order, once: for evaluation."""
-        size = len(self.sequences.ranges)
+        size = len(self._sequences(0))
         order = permute(np.arange(min(limit, size)), size, self.seed, epoch=0)
         batches = [order[i : i + self.micro_batch_size] for i in range(0, len(order), self.micro_batch_size)]
         for index in batches[self.rank :: self.world_size]:
@@ -1621,7 +1932,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         prepare(config, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -835,7 +835,7 @@ class Pretraining(Run):
         schedule = config.warmup_steps, config.max_steps
         super().__init__(config, setup, model, corpus.tokenizer, batches, *schedule)
         say(f"{self.model.num_parameters():,} parameters, {self.tokenizer.vocab_size} units, "
-            f"{len(sequences.epoch(config.seed, 0).first):,} sequences of {corpus.num_tokens:,} tokens; "
+            f"{len(sequences.epoch(config.seed, 0)):,} sequences of {corpus.num_tokens:,} tokens; "
             f"{batches.num_micro_batches} x {micro} sequences a rank and step", setup.rank)
 
     def resume(self) -> None:

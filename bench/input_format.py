@@ -66,7 +66,8 @@ class InputFormats(Study):
             # The others fill a step up to the tokens of full sequences; FULL-SENTENCES has so many sequences,
             # and where the next sentence does not fit, padding.
             sequences = Sequences(Corpus(data), input_format, self.scale.seq_len)
-            lengths = sequences.epoch(0, 0).sizes + sequences.special_tokens
+            epoch = sequences.epoch(0, 0)
+            lengths = epoch.sizes(np.arange(len(epoch))) + sequences.special_tokens
             filled = lengths.mean() / self.scale.seq_len if input_format == "full-sentences" else 1.0
             steps = round(self.scale.sequences / self.scale.batch_size / filled)
             yield Arm({"input_format": input_format}, self.config(data, steps, input_format=input_format))

@@ -86,7 +86,7 @@ class Masking(Study):
     def measure(self, arm: Arm, seed: int) -> dict[str, Any]:
         record, sequences = super().measure(arm, seed), Sequences(
             Corpus(arm.config.data), "full-sentences", arm.config.seq_len)
-        return record | {"steps_per_epoch": len(sequences.ranges) / arm.config.batch_size}
+        return record | {"steps_per_epoch": len(sequences.epoch(0, 0)) / arm.config.batch_size}
 
 
 def curves(runs: list[dict]) -> list[list[float]]:

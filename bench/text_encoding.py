@@ -72,7 +72,7 @@ class TextEncoding(Study):
         for encoding, sizes in (("byte", self.scale.byte_units), ("character", self.scale.character_units)):
             for units in sizes:
                 data = self.encoded("train", encoding, units)
-                sequences = len(Sequences(Corpus(data), "full-sentences", self.scale.seq_len).ranges)
+                sequences = len(Sequences(Corpus(data), "full-sentences", self.scale.seq_len).epoch(0, 0))
                 steps = max(1, round(self.scale.passes * sequences / self.scale.batch_size))
                 self.encoded("heldout", encoding, units)
                 yield Arm({"encoding": encoding, "units": units}, self.config(data, steps))
