@@ -189,7 +189,7 @@ def _read_lines(file: typing.BinaryIO) -> Iterator[tuple[bytes, int, bool]]:
         is_whole = raw.endswith(b"\n") or len(raw) <= MAX_DOCUMENT_BYTES  # the last line may have no end
         if not is_whole:
             beginnings = [i for i in range(len(raw) - 4, len(raw)) if raw[i] & 0xC0 != 0x80]  # of characters
-            cut = raw.rfind(b" ") + 1 or max(beginnings, default=len(raw))
+            cut = raw.rfind(b" ", 0, MAX_DOCUMENT_BYTES) + 1 or max(beginnings, default=len(raw))
             raw, rest = raw[:cut], raw[cut:]
         yield raw, len(raw), is_whole
 
@@ -990,20 +990,39 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterato
     # fork starts in milliseconds, and what runs here uses no thread of the parent's. Elsewhere it is unsafe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
+    interrupted: list[int] = []
+
+    def finished(running: set) -> Iterator:
+        """Waits until a job has ended, of `running`, which loses those that have; yields their results."""
+        done: set = set()
+        while not done:
+            done = wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done
+            if interrupted:
+                raise KeyboardInterrupt
+        running -= done
+        yield from (future.result() for future in done)
+
+    # Ctrl-C is let in where it does no harm: inside fork or the pool it was seen to get lost, or to hang.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1)) if in_main_thread else None
     try:
-        running = set()
+        running: set = set()
         for job in jobs:
             running.add(pool.submit(function, *job))
             if len(running) > 2 * workers:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
+                yield from finished(running)
         while running:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
+            yield from finished(running)
     except BrokenProcessPool:
         raise OSError("a worker was killed, perhaps for want of memory; try fewer --workers") from None
     finally:
+        for process in multiprocessing.active_children() if interrupted else ():
+            process.terminate()  # what it was at is begun anew by the next call
         pool.shutdown(cancel_futures=True)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 def _start_worker(parent: int) -> None:
@@ -1472,7 +1491,7 @@ def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_forma
         inside = slice(*np.searchsorted(sentences, [begin + 1, stop]))
         ends = np.append(sentences[inside], stop)
         if (np.diff(ends, prepend=begin) <= 0).any():
-            raise ValueError(f"sentence ends from {begin} to {stop} do not rise: the shard is damaged")
+            raise ValueError(f"sentence ends from {begin} to {stop} do not rise; the shard is damaged")
         inside = slice(*np.searchsorted(documents, [begin + 1, stop + 1]))
         ends = _pack_slice(begin, ends, documents[inside], cuts, room, input_format)
         sizes.append(np.diff(ends, prepend=begin).astype(np.min_scalar_type(seq_len)))
@@ -1570,7 +1589,10 @@ class Sequences:
 
     def __init__(self, corpus: Corpus, input_format: InputFormat, seq_len: int):
         self.corpus, self.input_format, self.seq_len = corpus, input_format, seq_len
-        packed = [pack(shard.sentences, shard.documents, seq_len, input_format) for shard in corpus.shards]
+        try:
+            packed = [pack(s.sentences, s.documents, seq_len, input_format) for s in corpus.shards]
+        except ValueError as error:
+            raise ValueError(f"{corpus.directory}: {error}") from None
         self.bounds = np.concatenate([[0], *packed], dtype=np.int64)
         np.cumsum(self.bounds, out=self.bounds)
         self.is_pairs = input_format in PAIR_FORMATS

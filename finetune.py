@@ -18,12 +18,14 @@ G groups (inputs that are judged together: the four candidates of a question; el
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import math
 import re
+import signal
 import statistics
 import string
 import zipfile
@@ -48,6 +50,7 @@ from data import (
     add_flags,
     checksum,
     flag,
+    locked,
     permute,
     read_json,
     say,
@@ -78,6 +81,7 @@ from train import (
     fail,
     in_range,
     leave,
+    lost_rank,
     micro_batch_size,
     plot_log,
     point_to,
@@ -134,8 +138,8 @@ class FinetuneConfig(RunConfig):
 
 # What may differ between two starts of one run: see train.py. The rest is what its result depends on.
 FREE_TO_CHANGE = {
-    "out", "data", "model", "micro_batch_size", "log_interval", "checkpoint_interval", "keep", "sweep",
-    "sweep_batch_sizes", "sweep_lrs", "seeds", "ensemble", "predict",
+    "out", "data", "model", "micro_batch_size", "log_interval", "checkpoint_interval", "keep", "timeout",
+    "sweep", "sweep_batch_sizes", "sweep_lrs", "seeds", "ensemble", "predict",
 }
 
 
@@ -1083,6 +1087,7 @@ def predict(
     scores, loss = torch.zeros(len(features.group), head.columns(width)), torch.zeros(1, dtype=torch.float64)
     with evaluating(model):
         for groups in parts[setup.rank :: setup.world_size]:
+            setup.still_at_work()
             batch = collate(features, begins, groups)
             with setup.autocast():
                 found = head.forward(model, batch, setup.device)
@@ -1543,8 +1548,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"error: {error}")
     except (ValueError, OSError) as error:
         fail(f"error: {error}", 2)
+    except RuntimeError as error:
+        fail(lost_rank(error))
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here")
+        fail("interrupted; the same command goes on from here", 128 + signal.SIGINT)
     leave()
 
 
@@ -1558,7 +1565,12 @@ def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str,
         raise ValueError("--sweep has no use for --batch-size and --peak-lr; give --sweep-batch-sizes and "
                          "--sweep-lrs instead")
     check(config)
-    setup = set_up(config.precision)
+    setup = set_up(config.precision, config.timeout)
+    with locked(Path(config.out)) if setup.rank == 0 else contextlib.nullcontext():
+        return _run_tasks(config, given, setup)
+
+
+def _run_tasks(config: FinetuneConfig, given: dict[str, Any], setup: Setup) -> list[dict[str, Any]]:
     if config.task != "all":
         return [finetune(config, setup)]
     found = [task for task in TASKS if any(split_files(task, directory, "train") for directory in

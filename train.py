@@ -20,17 +20,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
 import signal
+import socket
+import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -59,15 +68,26 @@ from data import (
     checksum,
     draw,
     flag,
+    locked,
     permute,
     predictions_of,
     prefetch,
     prepare,
     read_json,
+    remove_leftovers,
     say,
+    temporary_beside,
     write_atomically,
 )
-from roberta import RobertaConfig, RobertaForMaskedLM, RobertaForPreTraining, RobertaModelBase, evaluating
+from roberta import (
+    WEIGHTS,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForPreTraining,
+    RobertaModelBase,
+    evaluating,
+    read_pickle,
+)
 
 # ----------------------------------------------------------------------------------------------------------
 # Config
@@ -93,6 +113,7 @@ class RunConfig:
     log_interval: int = flag(100, "steps between log lines")
     checkpoint_interval: int = flag(2000, "steps between checkpoints")
     keep: int = flag(2, "newest checkpoints kept, beside the best one")
+    timeout: float = flag(600.0, "seconds in which a rank that stands still ends the run")
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,7 @@ class TrainConfig(RunConfig):
 # What a second start of a run may change: max_steps lengthens the schedule, the others leave the remaining
 # steps as they would have been, but for rounding and for dropout's noise. The data may move to another place.
 FREE_TO_CHANGE = set("""out data vocab_size max_steps micro_batch_size log_interval eval_interval
-    eval_sequences checkpoint_interval keep compile""".split())
+    eval_sequences checkpoint_interval keep timeout compile""".split())
 
 
 def tiny() -> TrainConfig:
@@ -169,6 +190,22 @@ class Setup:
     world_size: int
     device: torch.device
     precision: str
+    heartbeat: Heartbeat | None = None  # None: alone
+
+    def mark(self, place: str) -> None:
+        """Notes that this rank has come to a place, which all ranks come to in the same order."""
+        if self.heartbeat:
+            self.heartbeat.mark(place)
+
+    def still_at_work(self) -> None:
+        """Notes that this rank is getting on, between two marks."""
+        if self.heartbeat and self.heartbeat.since < math.inf:
+            self.heartbeat.since = time.monotonic()
+
+    def rest(self) -> None:
+        """Notes that until the next mark nothing is said about how long things take."""
+        if self.heartbeat:
+            self.heartbeat.since = math.inf
 
     def sum(self, values: Tensor) -> Tensor:
         """Returns the sum of `values` over all ranks."""
@@ -188,8 +225,12 @@ def ranks_of_environment() -> tuple[int, int, int, int]:
     return tuple(int(os.environ.get(name, default)) for name, default in names.items())
 
 
-def set_up(precision: str | None) -> Setup:
-    """Joins the other ranks, takes this rank's device, and says what was chosen."""
+def set_up(precision: str | None, timeout: float = RunConfig.timeout) -> Setup:
+    """Joins the other ranks, takes this rank's device, and says what was chosen.
+
+    timeout: seconds after which a rank that stands still ends the run.
+    """
+    heartbeat = None
     rank, world_size, local_rank, local_world_size = ranks_of_environment()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -206,12 +247,83 @@ def set_up(precision: str | None) -> Setup:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size))
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        # torch's own limit, which names nobody, comes after the heartbeat's.
+        limit = timedelta(seconds=max(1800, 2 * timeout + 60))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        heartbeat = Heartbeat(store.clone(), rank, world_size, timeout)
     precision = precision or ("fp16" if on_gpu else "fp32")
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads a rank"
     say(f"{world_size} rank{'s' * (world_size > 1)} on {where}; {precision}; torch {torch.__version__}; "
         f"attention by scaled_dot_product_attention", rank)
-    return Setup(rank, world_size, device, precision)
+    return Setup(rank, world_size, device, precision, heartbeat)
+
+
+class Heartbeat:
+    """Ends the run, naming the rank to blame, when a rank stands still.
+
+    Ranks wait for each other in every step, so where one stands still all do, and no collective says for whom
+    it waits. So each rank has a thread that writes now and then, to the store through which the ranks met,
+    that it lives and what its last mark was. When a rank has come no further for `timeout` seconds, it reads
+    what the others write: to blame is who is silent (stopped, or its machine is), else who has fewer marks.
+    A rank of the same machine that is to blame is killed, so that torchrun can start all of them again.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
+        self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
+        self.interval = min(5.0, timeout / 8)
+        self.marks, self.place, self.since = 0, "setting up", math.inf
+        store.set_timeout(timedelta(seconds=self.interval))
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def mark(self, place: str) -> None:
+        self.marks, self.place, self.since = self.marks + 1, place, time.monotonic()
+
+    def _run(self) -> None:
+        process = [os.getpid(), socket.gethostname()]
+        before, looks = None, 0
+        for beat in itertools.count():
+            with contextlib.suppress(RuntimeError):  # a store that does not answer shows when it is read
+                self.store.set(f"heartbeat-{self.rank}", json.dumps([beat, self.marks, self.place, *process]))
+            if time.monotonic() - self.since < self.timeout:
+                before = None
+            elif before is None:
+                before, looks = self._read(), 0
+            elif (looks := looks + 1) == 3:  # in this time everyone who lives has written again
+                self._end(before, self._read())
+            time.sleep(self.interval)
+
+    def _read(self) -> list[list]:
+        """Returns the last [beat, marks, place, process, host] of each rank."""
+        try:
+            keys = [f"heartbeat-{rank}" for rank in range(self.world_size)]
+            return [json.loads(value) for value in self.store.multi_get(keys)]
+        except RuntimeError:
+            fail("error: the process through which the ranks met (torchrun, or rank 0) answers no more; the "
+                 "same command goes on from the last checkpoint")
+
+    def _end(self, before: list[list], after: list[list]) -> NoReturn:
+        """Ends this process, and those to blame that run on this machine; one rank says why."""
+        silent = [rank for rank, (old, new) in enumerate(zip(before, after)) if old[0] == new[0]]
+        most = max(marks for _, marks, *_ in after)
+        to_blame = silent or [rank for rank, (_, marks, *_) in enumerate(after) if marks < most]
+        waiting = [rank for rank in range(self.world_size) if rank not in to_blame]
+        if self.rank == (waiting or to_blame)[0]:
+            for rank in to_blame:
+                _, _, place, process, host = after[rank]
+                what = "is silent, last seen" if rank in silent else "stands still"
+                print(f"error: rank {rank} (process {process} on {host}) {what} {place}, and has kept the "
+                      f"others waiting for more than --timeout {self.timeout:g} s", file=sys.stderr)
+            if not to_blame:
+                print(f"error: all ranks stand still {self.place} for more than --timeout "
+                      f"{self.timeout:g} s; is it the network?", file=sys.stderr)
+            print("the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        else:
+            time.sleep(self.interval)  # torchrun ends all when one has ended: let the message come first
+        for _, _, _, process, host in map(after.__getitem__, to_blame):
+            if host == socket.gethostname() and process != os.getpid():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        os._exit(1)
 
 
 def keep_freed_memory() -> None:
@@ -348,6 +460,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)  # predictions, loss, unigram loss, correct
     with evaluating(model), setup.autocast():
         for batch in held_out.held_out(limit):
+            setup.still_at_work()
             loss, _, logits = loss_sums(model, batch, setup.device)
             labels = torch.from_numpy(batch.labels)
             correct = (logits.argmax(-1).cpu() == labels).sum()
@@ -400,28 +513,28 @@ def save_checkpoint(
     Written under another name, flushed to the disk with a checksum of every file, then renamed: at no time
     does a directory with a checkpoint's name hold a part of one. The link `checkpoint` points to the newest.
     """
-    final, temporary = out / f"checkpoint-{step}", out / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    final = out / f"checkpoint-{step}"
+    temporary = temporary_beside(final)
     try:
+        temporary.mkdir(parents=True)
         model.save_pretrained(temporary, tokenizer)
         torch.save(state, temporary / "training.pt")
-    except RuntimeError as error:  # torch's word for a full disk
+        checksums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
+        write_atomically(temporary / "checksums.json", json.dumps(checksums, indent=1).encode())
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        remove_checkpoint(final)  # of the same step, before the run was resumed from an earlier one
+        os.replace(temporary, final)
+        point_to(final)
+    except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot write {final} ({str(error).splitlines()[0]}); is the disk full? Earlier "
                       "checkpoints are whole, and the same command goes on from them") from None
-    checksums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
-    write_atomically(temporary / "checksums.json", json.dumps(checksums, indent=1).encode())
-    for path in [*temporary.iterdir(), temporary]:
-        sync(path)
-    remove_checkpoint(final)  # of the same step, before the run was resumed from an earlier one
-    os.replace(temporary, final)
-    point_to(final)
 
 
 def point_to(path: Path) -> None:
     """Has the link `checkpoint` beside a checkpoint lead to it."""
-    link = path.parent / ".checkpoint.tmp"
-    link.unlink(missing_ok=True)
+    link = temporary_beside(path.parent / "checkpoint")
     link.symlink_to(path.name)
     os.replace(link, path.parent / "checkpoint")
     sync(path.parent)
@@ -444,28 +557,46 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
 
 def remove_checkpoint(path: Path) -> None:
     if path.exists():
-        os.replace(path, path.with_name(f".{path.name}.old"))
-        shutil.rmtree(path.with_name(f".{path.name}.old"))
+        doomed = temporary_beside(path)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
 
 
-def load_checkpoint(out: Path, rank: int) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the newest checkpoint that is whole and its training state, None where there is none.
+def load_checkpoint(path: Path, step: int, identity: str) -> dict[str, Any]:
+    """Returns the training state of a checkpoint, having compared all its files with their checksums.
+
+    Raises: ValueError or OSError where it is not whole, or not step `step` of the run `identity`.
+    """
+    checksums = read_json(path / "checksums.json")
+    if missing := {"config.json", WEIGHTS, "training.pt"} - checksums.keys():
+        raise ValueError(f"checksums.json has none of {min(missing)}")
+    for name, expected in checksums.items():
+        if Path(name).name != name:
+            raise ValueError(f"checksums.json names {name!r}, which is no file of the checkpoint")
+        if checksum(path / name) != expected:
+            raise ValueError(f"{name} does not have its checksum")
+    saved = read_pickle(path / "training.pt")
+    found = saved.get("identity", identity), saved.get("state", {}).get("step")
+    if found != (identity, step):
+        raise ValueError(f"it is step {found[1]} of run {found[0]}, not step {step} of {identity}")
+    return saved
+
+
+def newest_checkpoint(out: Path, identity: str) -> int:
+    """Returns the step of the newest checkpoint that is whole, -1 if none is.
 
     A damaged one is reported and set aside, and the one before it is used.
     """
-    for _, path in checkpoints(out):
+    for step, path in checkpoints(out):
         try:
-            checksums = read_json(path / "checksums.json")
-            for name, expected in checksums.items():
-                if checksum(path / name) != expected:
-                    raise ValueError(f"{name} does not have its checksum")
-            return path, torch.load(path / "training.pt", map_location="cpu", weights_only=True)
-        except (ValueError, OSError, RuntimeError) as error:
-            say(f"warning: {path} is damaged ({error}); trying the one before it", rank)
-            if rank == 0:
-                shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
-                os.replace(path, path.with_name(f"damaged-{path.name}"))
-    return None
+            load_checkpoint(path, step, identity)
+            return step
+        except (ValueError, OSError) as error:
+            aside = path.with_name(f"damaged-{path.name}")
+            say(f"warning: {path} is damaged ({error}); it is now {aside.name}, trying the one before it")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+    return -1
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -481,6 +612,19 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file, or where the disk is full, nothing. Raises: OSError that says so."""
+    with open(path, "ab", buffering=0) as file:
+        size, content = file.tell(), f"{line}\n".encode()
+        try:
+            if file.write(content) < len(content):  # what was left of the disk took a part of it
+                raise OSError("no space for a whole line")
+        except OSError as error:
+            file.truncate(size)
+            raise OSError(f"cannot write {path} ({error}); is the disk full? Checkpoints are whole, and the "
+                          "same command goes on from the last one") from None
 
 
 def plot_log(out: Path, title: str, ylabel: str) -> None:
@@ -511,9 +655,12 @@ def plot_log(out: Path, title: str, ylabel: str) -> None:
     if train or held:
         axes.legend(frameon=False, loc="upper center", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out / ".loss.tmp.png", dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120)
     pyplot.close(figure)
-    os.replace(out / ".loss.tmp.png", out / "loss.png")
+    del figure, axes
+    gc.collect()  # a figure is full of cycles: left to Python's own time, each held on to another 1.3 MB
+    write_atomically(out / "loss.png", content.getvalue())
 
 
 def clock(seconds: float) -> str:
@@ -533,6 +680,57 @@ def clock(seconds: float) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 MAX_SKIPPED = 20  # steps without finite gradients in a row: more of them will not mend what is wrong
+
+
+class Health:
+    """Says, once each, what goes wrong slowly: the gradient norm, the held-out loss, the throughput.
+
+    `state` belongs into the checkpoint, for a resumed run to say what the uninterrupted one would have said;
+    throughput is the machine's, which may be another by then.
+    """
+
+    LEAP, RISES, SETTLED = 10, 5, 100  # times the average; evaluations in a row; steps that an average takes
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.state = {"steps": 0, "norm": 0.0, "lowest": math.inf, "lowest_step": 0, "above": 0, "said": []}
+        self.rates: list[float] = []
+
+    def say_once(self, what: str, message: str) -> None:
+        if what not in self.state["said"]:
+            self.state["said"] = [*self.state["said"], what]
+            say(f"warning (said once): {message}", self.rank)
+
+    def see_norm(self, step: int, norm: float) -> None:
+        """Compares a finite gradient norm with its average over the last hundred steps."""
+        state = self.state
+        if state["steps"] >= self.SETTLED and norm > self.LEAP * state["norm"]:
+            self.say_once("norm", f"the gradient norm of step {step} is {norm:.3g}, of late it was "
+                          f"{state['norm']:.3g}; if the loss suffers: --clip-norm, or a lower --peak-lr")
+            norm = self.LEAP * state["norm"]
+        state["steps"] += 1
+        state["norm"] += (norm - state["norm"]) / min(state["steps"], self.SETTLED)
+
+    def see_loss(self, step: int, loss: float) -> None:
+        """Counts the evaluations since the lowest held-out loss."""
+        state = self.state
+        if loss < state["lowest"]:
+            state |= {"lowest": loss, "lowest_step": step, "above": 0}
+            return
+        state["above"] += 1
+        if state["above"] >= self.RISES and loss > 1.02 * state["lowest"]:
+            self.say_once("loss", f"the held-out loss of step {step} is {loss:.3f}, that of step "
+                          f"{state['lowest_step']} was {state['lowest']:.3f}, none since was lower: too many "
+                          "passes over little text, or too high a --peak-lr? The best checkpoint is kept")
+
+    def see_rate(self, step: int, rate: float) -> None:
+        """Compares the tokens a second of the last two log lines with what they were at first."""
+        self.rates.append(rate)
+        usual = statistics.median(self.rates[1:6]) if len(self.rates) > 7 else 0.0  # the first has warming up
+        if max(self.rates[-2:]) < usual / 2:
+            self.say_once("rate", f"at step {step} training goes at {rate:,.0f} tokens a second, at first it "
+                          f"was {usual:,.0f}: do other programs run, is the machine hot or failing?")
+
 
 
 class Run:
@@ -564,6 +762,7 @@ class Run:
         self.state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0,
                       "score": -math.inf, "eval_step": -1, "best_score": -math.inf, "best_step": -1,
                       "window_counts": [0] * len(self.loss_names)}
+        self.health = Health(setup.rank)
         self.grad_norm = self.epoch = 0.0
         self.wrapped: nn.Module = self.model
 
@@ -597,31 +796,45 @@ class Run:
     def resume(self) -> None:
         """Goes back to the newest whole checkpoint, if any: weights, optimiser, scaler, counters, log."""
         self.window_started = time.monotonic()
-        found = load_checkpoint(self.out, self.setup.rank)
-        if found:
-            path, saved = found
-            loaded = type(self.model).from_pretrained(path)
-            if loaded.config != self.model.config:
-                raise ValueError(f"{path} holds a model of another shape; choose another --out")
-            self.model.load_state_dict(loaded.state_dict())
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
-            self.state |= saved["state"]
-            if self.setup.rank == 0:  # one rank goes on with the sums over all
-                self.window_loss.copy_(saved["window"][:-2])
-                self.window_tokens = saved["window"][-2:].long().tolist()
-            self.window_started = time.monotonic() - saved["window_seconds"]
-            say(f"resuming at step {self.step} from {path}", self.setup.rank)
+        self.identity = read_json(self.out / "run.json")["identity"] if self.setup.rank == 0 else ""
+        self.setup.mark("before the last checkpoint is read")
+        # Rank 0 says which one, so that a damaged one is the same for all.
+        newest = newest_checkpoint(self.out, self.identity) if self.setup.rank == 0 else 0
+        newest = int(self.setup.sum(torch.tensor(newest)))
+        if newest >= 0:
+            self._restore(self.out / f"checkpoint-{newest}")
         if self.setup.rank == 0:  # lines written after that checkpoint will be written again
             lines = [json.dumps(line) + "\n" for line in read_log(self.out) if line["step"] <= self.step]
             write_atomically(self.out / "log.jsonl", "".join(lines).encode())
-        if int(self.setup.sum(torch.tensor(self.step))) != self.step * self.setup.world_size:
-            raise ValueError(f"rank {self.setup.rank} found step {self.step} in {self.out}, another rank "
-                             "another step; all machines must see the same files")
         # `model` stays what is saved and evaluated; `wrapped` is what the training step calls.
         if self.setup.world_size > 1:
             device_ids = [self.setup.device.index] if self.setup.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
+
+    def _restore(self, path: Path) -> None:
+        """Takes over weights and training state of a checkpoint."""
+        if not path.exists():
+            raise ValueError(f"rank {self.setup.rank} on {socket.gethostname()} does not see {path}, rank 0 "
+                             "does; all machines must see the same files")
+        loaded, saved = type(self.model).from_pretrained(path), read_pickle(path / "training.pt")
+        if loaded.config != self.model.config:
+            raise ValueError(f"{path} holds a model of another shape; choose another --out")
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.state |= saved["state"]
+            self.health.state |= saved["health"]
+            if self.setup.rank == 0:  # one rank goes on with the sums over all
+                self.window_loss.copy_(saved["window"][:-2])
+                self.window_tokens = saved["window"][-2:].long().tolist()
+            self.window_started = time.monotonic() - saved["window_seconds"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{path}: training.pt is not this run's ({error!r}); remove {path}, and the "
+                             "checkpoint before it is used") from None
+        self.model.load_state_dict(loaded.state_dict())
+        if self.setup.rank == 0:
+            point_to(path)  # a crash may have come between the checkpoint and the link
+        say(f"resuming at step {self.step} from {path}", self.setup.rank)
 
     def train_step(self, step: Any) -> None:
         """One optimiser step: accumulate the micro-batches' gradients, then update."""
@@ -630,7 +843,9 @@ class Run:
             group["lr"] = learning_rate(self.step, *self.schedule)
         self.model.train()
         counts = self.loss_counts(step)
+        setup.mark(f"in step {self.step + 1}, before the gradients are summed")
         for number, batch in enumerate(step.batches):
+            setup.still_at_work()
             # Dropout depends on where in the run we are, not on how often a generator was asked before.
             seed = draw(self.config.seed, DROPOUT_STREAM, self.step, number, setup.rank)
             torch.manual_seed(int(seed >> np.uint64(1)))  # it takes 63 bits
@@ -640,6 +855,8 @@ class Run:
                 with setup.autocast():
                     sums = self.loss_sums(batch)
                 loss = sum(part / max(1, count) for part, count in zip(sums, counts))
+                if last:
+                    setup.mark(f"in step {self.step + 1}, while the gradients are summed")
                 # DDP averages over ranks; the sum is what is wanted.
                 self.scaler.scale(loss * setup.world_size).backward()
             self.window_loss += torch.stack(sums).detach()
@@ -663,6 +880,8 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.grad_norm = norm.item()
+        if finite:
+            self.health.see_norm(self.step + 1, self.grad_norm)
         self.state["skipped"] += not finite
         self.state["skipped_in_a_row"] = 0 if finite else self.state["skipped_in_a_row"] + 1
         if self.state["skipped_in_a_row"] >= MAX_SKIPPED:
@@ -691,6 +910,7 @@ class Run:
             line["skipped"] = self.state["skipped"]
         self.state["tokens"] += int(tokens)
         self.state["seconds"] += seconds
+        self.health.see_rate(self.step, tokens / seconds)
         line["eta_seconds"] = self.state["seconds"] / self.step * (self.max_steps - self.step)
         self._write(line)
         formats = {"epoch": ".2f", "loss": ".3f", "perplexity": ".1f", "lr": ".2e", "grad_norm": ".2f",
@@ -710,6 +930,7 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Evaluates, prints and writes a line about it."""
         started = time.monotonic()
+        self.setup.mark(f"in the evaluation of step {self.step}")
         result = self.measure()
         self._write({"step": self.step} | result)
         say(f"step {self.step}  {self.shown(result)}", self.setup.rank)
@@ -727,8 +948,7 @@ class Run:
         if self.setup.rank == 0:
             # JSON has no NaN or infinity.
             line = {key: value if math.isfinite(value) else None for key, value in line.items()}
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.out / "log.jsonl", json.dumps(line))
 
     def _improved(self) -> bool:
         """Returns whether the weights as they are now are the best so far."""
@@ -737,12 +957,15 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint of the current step and removes those no longer kept."""
         started = time.monotonic()
+        self.setup.mark(f"in the checkpoint of step {self.step}")
         window, window_seconds = self._window(), started - self.window_started
         if self._improved():
             self.state |= {"best_score": self.state["score"], "best_step": self.step}
         if self.setup.rank == 0:
             state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                     "state": self.state, "window": window, "window_seconds": window_seconds}
+                     "state": self.state, "window": window, "window_seconds": window_seconds,
+                     "health": self.health.state, "identity": self.identity}
+            sync(self.out / "log.jsonl")  # no checkpoint outlives the lines before it
             save_checkpoint(self.out, self.step, self.model, self.tokenizer, state)
             for step, path in checkpoints(self.out)[self.config.keep :]:
                 if step != self.state["best_step"]:
@@ -775,6 +998,7 @@ class Run:
                 if due or better or stop or self.is_over():
                     self.save()
                 if self.is_over():
+                    self.setup.rest()
                     return result
                 if stop:
                     say(f"stopped at step {self.step}, saved; the same command goes on from there",
@@ -786,6 +1010,7 @@ class Run:
 def claim_directory(out: Path, described: dict[str, dict], free_to_change: set[str], rank: int) -> None:
     """Writes run.json, or where it is there already, refuses a run that would not continue it.
 
+    The run's identity, a digest of all that it depends on, is added: checkpoints have it, too.
     Raises: ValueError with both values, for the first entry outside `free_to_change` that differs.
     """
     described = json.loads(json.dumps(described))  # as it will be read back
@@ -800,6 +1025,10 @@ def claim_directory(out: Path, described: dict[str, dict], free_to_change: set[s
                                      "choose another --out, or delete the directory to start over")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        fixed = {part: {name: value for name, value in described[part].items() if name not in free_to_change}
+                 for part in described}
+        described["identity"] = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
         write_atomically(path, (json.dumps(described, indent=1) + "\n").encode())
 
 
@@ -855,6 +1084,11 @@ class Pretraining(Run):
 
     def measure(self) -> dict[str, float]:
         return evaluate(self.model, self.held_out, self.unigram, self.config.eval_sequences, self.setup)
+
+    def evaluate(self) -> dict[str, float]:
+        result = super().evaluate()
+        self.health.see_loss(self.step, result["eval_loss"])
+        return result
 
     def score(self, result: dict[str, float]) -> float:
         return -result["eval_loss"]
@@ -916,22 +1150,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Runs, or goes on with, the run that `config` describes; returns what results.json holds."""
     config = replace(config, out=config.out or f"runs/{config.preset}")
     check(config)
-    data = prepared_data(config)
-    setup = set_up(config.precision)
-    run = Pretraining(replace(config, precision=setup.precision), data, setup)
-    run.resume()
-    if run.is_over():
+    with locked(Path(config.out)) if ranks_of_environment()[0] == 0 else contextlib.nullcontext():
+        data = prepared_data(config)
+        setup = set_up(config.precision, config.timeout)
+        run = Pretraining(replace(config, precision=setup.precision), data, setup)
+        run.resume()
+        if not run.is_over():
+            return run.finish(run.loop(config.eval_interval))
         say(f"{config.out} is finished at step {run.step}. To lengthen it: --max-steps {2 * run.step}, with "
             f"the schedule of the longer run. To start another: another --out, or delete it.", setup.rank)
         if (run.out / "results.json").exists():
             return read_json(run.out / "results.json")
+        if setup.rank == 0:
+            run.plot()
         return run.finish(run.measure())
-    return run.finish(run.loop(config.eval_interval))
 
 
 def check_values(config: RunConfig) -> None:
     """Raises ValueError for values that no run, of pretraining or fine-tuning, can have."""
-    for name in ("batch_size", "log_interval", "checkpoint_interval", "keep"):
+    for name in ("batch_size", "log_interval", "checkpoint_interval", "keep", "timeout"):
         at_least(config, name, 1)
     at_least(config, "micro_batch_size", 0)
     ranges = {"dropout": (0, 1), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_eps": (1e-30, 1),
@@ -991,9 +1228,19 @@ def main(argv: Sequence[str] | None = None) -> None:
              f"result as it is, or a smaller --seq-len than {config.seq_len}")
     except (ValueError, OSError, FloatingPointError) as error:
         fail(f"error: {error}")
+    except RuntimeError as error:
+        fail(lost_rank(error))
     except KeyboardInterrupt:
-        fail("interrupted while preparing; the same command goes on from here")
+        fail("interrupted before training; the same command goes on from here", 128 + signal.SIGINT)
     leave()
+
+
+def lost_rank(error: RuntimeError) -> str:
+    """Returns what to say where a collective failed because another rank is gone. Raises: any other error."""
+    if not dist.is_initialized() or not re.search("gloo|nccl|process group|TCPStore", str(error), re.I):
+        raise error
+    return (f"error: lost another rank ({str(error).splitlines()[0][:160]}); look for what that one or "
+            "torchrun says. The same command goes on from the last checkpoint")
 
 
 def leave() -> None:

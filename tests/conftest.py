@@ -1,13 +1,68 @@
-"""The tests' fixtures: a prepared directory, and the rule for missing oracles."""
+"""The tests' fixtures: a prepared directory, the rule for missing oracles, the count of injected faults."""
 
 import importlib
+import json
 import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from helpers import make_documents
+from helpers import ROOT, make_documents
 
 import data
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--faults-json", type=Path, help="where to write which faults were survived, and how many"
+    )
+
+
+@pytest.fixture(scope="session")
+def faults(request):
+    """What was injected and survived, by fault; written at the end where --faults-json says."""
+    counts, path = defaultdict(Counter), request.config.getoption("--faults-json")
+    yield counts
+    if path and counts:
+        import torch
+
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        )
+        lost = counts.pop("lost", Counter())
+        survived = sum(entry["injected"] for entry in counts.values())
+        record = {
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": commit.stdout.strip(),
+            "command": "pytest " + " ".join(sys.argv[1:]),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "injected": survived + lost.total(),
+            "recovered": survived,
+            "data_lost": lost.total(),
+            "lost": lost,
+            "faults": counts,
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@pytest.fixture
+def tally(faults, request):
+    """Notes faults that a test has injected and, after its last assertion, found survived."""
+    noted = []
+
+    def note(fault: str, injected: int = 1, **more: int) -> None:
+        faults[fault].update(injected=injected, **more)
+        noted.append(fault)
+
+    yield note
+    if not noted:
+        faults["lost"][request.node.name] += 1
 
 
 @pytest.fixture
