@@ -100,10 +100,9 @@ def _cut(path: Path, part_bytes: int) -> Iterator[Part]:
     with open(path, "rb") as file:
         while size - begin > 2 * part_bytes and path.suffix not in (".gz", ".xz"):
             file.seek(begin + part_bytes)
-            while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
-                pass  # of a line that may be longer than memory
+            _pass_line(file)
             give_up = file.tell() + MAX_DOCUMENT_BYTES  # a document so long is cut at a line's end anyway
-            while path.suffix != ".jsonl" and file.tell() < give_up and file.readline(1 << 20).strip():
+            while path.suffix != ".jsonl" and file.tell() < give_up and _pass_line(file):
                 pass
             if file.tell() >= size:
                 break
@@ -112,8 +111,18 @@ def _cut(path: Path, part_bytes: int) -> Iterator[Part]:
     yield Part(str(path), begin, size)
 
 
+def _pass_line(file: typing.BinaryIO) -> bool:
+    """Goes to the end of a line, which may be longer than memory; returns whether it was not blank."""
+    has_text = False
+    while piece := file.readline(1 << 20):
+        has_text |= bool(piece.strip())
+        if piece.endswith(b"\n"):
+            break
+    return has_text
+
+
 class LeftOut(NamedTuple):
-    """A line of the corpus, or what follows it in a damaged file, of which no text could be made."""
+    """What no text can be made of: a line, of a very long one a piece, of a damaged file all that follows."""
 
     path: str
     line: int
@@ -205,7 +214,7 @@ def _read_rows(file: typing.BinaryIO) -> Iterator[tuple[bytes, int, bool]]:
 
 
 class _NoText(ValueError):
-    """Why a line is left out, and more about it."""
+    """No text can be made of a line. Its arguments are LeftOut's reason and detail."""
 
 
 def _text_of_line(raw: bytes) -> str:
@@ -617,19 +626,25 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # a full disk, perhaps: leave no more on it than there was
+    except OSError as error:  # a full disk, perhaps: leave no more on it than there was
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)
         raise
 
 
-def temporary_beside(path: Path) -> Path:
-    """Returns a name for what is to become `path`, in the same directory, that no other process uses."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def temporary_beside(path: Path, mark: str | None = None) -> Path:
+    """Returns a name for what is to become `path`, in the same directory.
+
+    mark: eight hexadecimal digits; drawn, unless no other process can be writing the same.
+    """
+    return path.with_name(f".{path.name}.{mark or secrets.token_hex(4)}.tmp")
 
 
 def remove_leftovers(directory: Path) -> None:
     """Removes what a killed process left half written. Only for who has the directory to itself."""
     for path in directory.glob(".*.tmp"):
+        if not re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
+            continue  # somebody else's
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -640,12 +655,17 @@ LOCK_PATIENCE = 5  # seconds in which the workers of a process that was just kil
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, rank: int = 0) -> Iterator[None]:
     """Keeps a directory, which is made if need be, to this process for the time of a `with` block.
+
+    Of several ranks the first has the lock.
 
     The lock is the kernel's, on an open file: it ends with the process, however that ends, so a crashed
     run leaves none behind. Raises: ValueError naming the process that has the directory.
     """
+    if rank > 0:
+        yield
+        return
     directory.mkdir(parents=True, exist_ok=True)
     path, give_up = directory / ".lock", time.monotonic() + LOCK_PATIENCE
     while True:
@@ -666,9 +686,9 @@ def locked(directory: Path) -> Iterator[None]:
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             break
         file.close()  # its holder has removed it meanwhile
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: who comes second is refused all the same
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:
         yield
     finally:
@@ -869,7 +889,7 @@ def prepare(config: PrepareConfig, rank: int = 0, world_size: int = 1) -> Path:
     Raises: ValueError for bad input, with `strict` for the first such line, or where `out` holds something
     else or another process is at work in it; OSError where the disk is full.
     """
-    with locked(Path(config.out)) if rank == 0 else contextlib.nullcontext():
+    with locked(Path(config.out), rank):
         return _prepare(config, rank, world_size)
 
 
@@ -1197,7 +1217,8 @@ class ShardWriter:
     def __init__(self, directory: Path, name: str, vocab_size: int):
         self.name, self.dtype = name, token_dtype(vocab_size)
         self.paths = {kind: directory / f"{name}.{kind}.bin" for kind in self.KINDS}
-        self.files = {kind: open(temporary_beside(path), "wb") for kind, path in self.paths.items()}
+        # What a killed process left of the same shard is written over: else it would add up.
+        self.files = {kind: open(temporary_beside(path, 8 * "0"), "wb") for kind, path in self.paths.items()}
         self.hashes = {kind: hashlib.sha256() for kind in self.KINDS}
         self.counts = dict.fromkeys(self.KINDS, 0)
         self.unigram = np.zeros(vocab_size, dtype=np.int64)
@@ -1490,9 +1511,10 @@ def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_forma
     for stop in cuts[np.flatnonzero(np.diff(pieces // SLICE, append=-1))]:
         inside = slice(*np.searchsorted(sentences, [begin + 1, stop]))
         ends = np.append(sentences[inside], stop)
-        if (np.diff(ends, prepend=begin) <= 0).any():
-            raise ValueError(f"sentence ends from {begin} to {stop} do not rise; the shard is damaged")
         inside = slice(*np.searchsorted(documents, [begin + 1, stop + 1]))
+        for kind, rising in (("sentence", ends), ("document", documents[inside])):
+            if (np.diff(rising, prepend=begin) <= 0).any():
+                raise ValueError(f"{kind} ends from {begin} to {stop} do not rise; the shard is damaged")
         ends = _pack_slice(begin, ends, documents[inside], cuts, room, input_format)
         sizes.append(np.diff(ends, prepend=begin).astype(np.min_scalar_type(seq_len)))
         begin = stop
@@ -1510,6 +1532,8 @@ def _stretches(sentences: np.ndarray, documents: np.ndarray, room: int) -> np.nd
     before = np.searchsorted(documents, marks)  # the documents that end before each mark
     cuts = np.unique(np.concatenate([np.where(before, documents[before - 1], 0), sentences[-1:]]))
     cuts = cuts[cuts > 0]
+    if cuts[-1] > sentences[-1]:
+        raise ValueError(f"a document ends at {cuts[-1]}, the shard at {sentences[-1]}; the shard is damaged")
     place = np.searchsorted(cuts, marks)
     marks = marks[np.diff(cuts, prepend=0)[place] > 2 * STRETCH]  # in long documents
     if not len(marks):

@@ -18,7 +18,6 @@ G groups (inputs that are judged together: the four candidates of a question; el
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import io
@@ -1093,8 +1092,10 @@ def predict(
                 found = head.forward(model, batch, setup.device)
                 loss += head.loss(found, batch).cpu()
             scores[batch.inputs] = head.widen(found, width).float().cpu()
-    loss = float(setup.sum(loss)) / len(order) if features.labelled else math.nan
-    return head.probabilities(setup.sum(scores).double().numpy(), features), loss
+    loss = float(setup.sum(loss, "the losses")) / len(order) if features.labelled else math.nan
+    scores = setup.sum(scores, "the predictions")
+    setup.rest()
+    return head.probabilities(scores.double().numpy(), features), loss
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1206,7 +1207,7 @@ class Finetuning(Run):
             self.state |= {"best_score": -math.inf, "best_step": -1, "best": {}, "epochs_without_gain": 0}
             if self.step % self.batches.steps_per_epoch == 0:
                 self.evaluate()
-                self.save()
+                self._note_if_best()
 
     def loss_sums(self, batch: Batch) -> tuple[Tensor, ...]:
         scores = self.head.forward(self.wrapped, batch, self.setup.device)
@@ -1552,7 +1553,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(lost_rank(error))
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from here", 128 + signal.SIGINT)
-    leave()
+    except SystemExit as stopped:
+        leave(stopped.code)
+        raise
+    leave(0)
 
 
 def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -1566,7 +1570,7 @@ def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str,
                          "--sweep-lrs instead")
     check(config)
     setup = set_up(config.precision, config.timeout)
-    with locked(Path(config.out)) if setup.rank == 0 else contextlib.nullcontext():
+    with locked(Path(config.out), setup.rank):
         return _run_tasks(config, given, setup)
 
 

@@ -41,7 +41,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import regex
@@ -198,19 +198,21 @@ class Setup:
             self.heartbeat.mark(place)
 
     def still_at_work(self) -> None:
-        """Notes that this rank is getting on, between two marks."""
-        if self.heartbeat and self.heartbeat.since < math.inf:
-            self.heartbeat.since = time.monotonic()
+        """Notes that this rank gets on, between two marks: others may be waiting, but not in vain."""
+        if self.heartbeat:
+            self.heartbeat.work += 1
 
     def rest(self) -> None:
-        """Notes that until the next mark nothing is said about how long things take."""
+        """Notes that until its next mark this rank may take any time."""
         if self.heartbeat:
             self.heartbeat.since = math.inf
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Returns the sum of `values` over all ranks."""
+    def sum(self, values: Tensor, of: str) -> Tensor:
+        """Returns the sum of `values` over all ranks, which wait for each other here."""
         if self.world_size > 1:
+            self.mark(f"at the sum of {of}")
             dist.all_reduce(values)
+            self.mark(f"after the sum of {of}")
         return values
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -258,72 +260,114 @@ def set_up(precision: str | None, timeout: float = RunConfig.timeout) -> Setup:
     return Setup(rank, world_size, device, precision, heartbeat)
 
 
+class Beat(NamedTuple):
+    """What a rank tells the others of itself."""
+
+    number: int
+    marks: int
+    work: int  # signs of getting on between two marks
+    place: str
+    process: int
+    host: str
+
+
 class Heartbeat:
     """Ends the run, naming the rank to blame, when a rank stands still.
 
     Ranks wait for each other in every step, so where one stands still all do, and no collective says for whom
     it waits. So each rank has a thread that writes now and then, to the store through which the ranks met,
-    that it lives and what its last mark was. When a rank has come no further for `timeout` seconds, it reads
-    what the others write: to blame is who is silent (stopped, or its machine is), else who has fewer marks.
-    A rank of the same machine that is to blame is killed, so that torchrun can start all of them again.
+    that it lives and how far it is. A rank that has come no further for half of `timeout` reads what the
+    others write, and when in the other half none has come any further, ends the run. To blame is who is
+    silent (stopped, or its machine is), else who has fewer marks. If that is a rank of the same machine it is
+    killed, so that torchrun can start all of them again.
+
+    A second thread keeps the time, for a store on a machine that is gone may never answer. Its clock stands
+    still while this process does: one that was paused has not waited.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
         self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
         self.interval = min(5.0, timeout / 8)
-        self.marks, self.place, self.since = 0, "setting up", math.inf
+        self.marks = self.work = 0
+        self.place, self.since = "setting up", math.inf  # infinity: nobody waits for this rank
+        self.clock = self.answered = 0.0
+        # The last beat of each rank, when it was heard, when it came further; empty while there is no need.
+        self.beats: list[Beat] = []
+        self.heard: list[float] = []
+        self.moved: list[float] = []
         store.set_timeout(timedelta(seconds=self.interval))
-        threading.Thread(target=self._run, daemon=True).start()
+        for thread in (self._talk, self._keep_time):
+            threading.Thread(target=thread, daemon=True).start()
 
     def mark(self, place: str) -> None:
-        self.marks, self.place, self.since = self.marks + 1, place, time.monotonic()
+        self.marks, self.place, self.since = self.marks + 1, place, self.clock
 
-    def _run(self) -> None:
-        process = [os.getpid(), socket.gethostname()]
-        before, looks = None, 0
-        for beat in itertools.count():
-            with contextlib.suppress(RuntimeError):  # a store that does not answer shows when it is read
-                self.store.set(f"heartbeat-{self.rank}", json.dumps([beat, self.marks, self.place, *process]))
-            if time.monotonic() - self.since < self.timeout:
-                before = None
-            elif before is None:
-                before, looks = self._read(), 0
-            elif (looks := looks + 1) == 3:  # in this time everyone who lives has written again
-                self._end(before, self._read())
+    def _talk(self) -> None:
+        keys = [f"heartbeat-{rank}" for rank in range(self.world_size)]
+        process, host = os.getpid(), socket.gethostname()
+        for number in itertools.count():
+            self.work += self.since == math.inf
+            beat = Beat(number, self.marks, self.work, self.place, process, host)
+            with contextlib.suppress(RuntimeError):  # the store's; `answered` shows it
+                self.store.set(keys[self.rank], json.dumps(beat))
+                if self.clock - self.since < self.timeout / 2:
+                    self.beats = []
+                else:
+                    self._read([Beat(*json.loads(value)) for value in self.store.multi_get(keys)])
+                self.answered = self.clock
             time.sleep(self.interval)
 
-    def _read(self) -> list[list]:
-        """Returns the last [beat, marks, place, process, host] of each rank."""
-        try:
-            keys = [f"heartbeat-{rank}" for rank in range(self.world_size)]
-            return [json.loads(value) for value in self.store.multi_get(keys)]
-        except RuntimeError:
-            fail("error: the process through which the ranks met (torchrun, or rank 0) answers no more; the "
-                 "same command goes on from the last checkpoint")
+    def _read(self, beats: list[Beat]) -> None:
+        if not self.beats:
+            self.heard, self.moved = [self.clock] * len(beats), [self.clock] * len(beats)
+        for rank, (before, beat) in enumerate(zip(self.beats, beats)):
+            if beat.number != before.number:
+                self.heard[rank] = self.clock
+            if (beat.marks, beat.work) != (before.marks, before.work):
+                self.moved[rank] = self.clock
+        self.beats = beats
 
-    def _end(self, before: list[list], after: list[list]) -> NoReturn:
-        """Ends this process, and those to blame that run on this machine; one rank says why."""
-        silent = [rank for rank, (old, new) in enumerate(zip(before, after)) if old[0] == new[0]]
-        most = max(marks for _, marks, *_ in after)
-        to_blame = silent or [rank for rank, (_, marks, *_) in enumerate(after) if marks < most]
-        waiting = [rank for rank in range(self.world_size) if rank not in to_blame]
-        if self.rank == (waiting or to_blame)[0]:
-            for rank in to_blame:
-                _, _, place, process, host = after[rank]
-                what = "is silent, last seen" if rank in silent else "stands still"
-                print(f"error: rank {rank} (process {process} on {host}) {what} {place}, and has kept the "
-                      f"others waiting for more than --timeout {self.timeout:g} s", file=sys.stderr)
-            if not to_blame:
-                print(f"error: all ranks stand still {self.place} for more than --timeout "
-                      f"{self.timeout:g} s; is it the network?", file=sys.stderr)
-            print("the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        else:
-            time.sleep(self.interval)  # torchrun ends all when one has ended: let the message come first
-        for _, _, _, process, host in map(after.__getitem__, to_blame):
-            if host == socket.gethostname() and process != os.getpid():
+    def _keep_time(self) -> None:
+        while True:
+            time.sleep(self.interval)
+            self.clock += self.interval
+            if self.clock - self.since < self.timeout:
+                continue
+            if self.clock - self.answered > self.timeout / 2:
+                fail("error: the process through which the ranks met (torchrun, or rank 0) answers no more; "
+                     "the same command goes on from the last checkpoint")
+            if (beats := self.beats) and self.clock - max(self.moved) > self.timeout / 2:
+                self._end(beats)
+
+    def _end(self, beats: list[Beat]) -> NoReturn:
+        """Says who is to blame, ends those of them that run on this machine, and this process."""
+        silent = [rank for rank, heard in enumerate(self.heard) if self.clock - heard > 3 * self.interval]
+        most = max(beat.marks for beat in beats)
+        to_blame = silent or [rank for rank, beat in enumerate(beats) if beat.marks < most]
+        lines = []
+        for rank in to_blame:
+            what = "is silent, last seen" if rank in silent else "stands still"
+            lines.append(f"error: rank {rank} (process {beats[rank].process} on {beats[rank].host}) {what} "
+                         f"{beats[rank].place}, and has kept the others waiting for more than "
+                         f"--timeout {self.timeout:g} s\n")
+        lines = lines or [f"error: all ranks stand still {self.place} for more than --timeout "
+                          f"{self.timeout:g} s; is it the network?\n"]
+        advice = "the same command goes on from the last checkpoint"
+        print(*lines, advice, sep="", file=sys.stderr, flush=True)
+        for beat in map(beats.__getitem__, to_blame):
+            if beat.process != os.getpid() and is_sibling(beat.process, beat.host):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                    os.kill(beat.process, signal.SIGKILL)
         os._exit(1)
+
+
+def is_sibling(process: int, host: str) -> bool:
+    """Returns whether a process has our parent: then it is a rank that the same torchrun has started."""
+    try:
+        parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:  # it is gone, or this is no Linux
+        return False
+    return host == socket.gethostname() and int(parent) == os.getppid()
 
 
 def keep_freed_memory() -> None:
@@ -466,7 +510,7 @@ def evaluate(
             correct = (logits.argmax(-1).cpu() == labels).sum()
             labels = labels[labels >= 0]
             sums += torch.tensor([len(labels), loss, -log_share[labels].sum(), correct], dtype=torch.float64)
-    count, loss, baseline, correct = setup.sum(sums).tolist()
+    count, loss, baseline, correct = setup.sum(sums, "the held-out losses").tolist()
     if count == 0:
         raise ValueError("the held-out split has no token to predict; prepare more text or raise held_out")
     return {"eval_loss": loss / count, "eval_perplexity": perplexity(loss / count),
@@ -523,7 +567,6 @@ def save_checkpoint(
         write_atomically(temporary / "checksums.json", json.dumps(checksums, indent=1).encode())
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
-        remove_checkpoint(final)  # of the same step, before the run was resumed from an earlier one
         os.replace(temporary, final)
         point_to(final)
     except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
@@ -562,40 +605,50 @@ def remove_checkpoint(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def load_checkpoint(path: Path, step: int, identity: str) -> dict[str, Any]:
-    """Returns the training state of a checkpoint, having compared all its files with their checksums.
+def check_checkpoint(path: Path, step: int, identity: str) -> None:
+    """Compares all files of a checkpoint with their checksums.
 
     Raises: ValueError or OSError where it is not whole, or not step `step` of the run `identity`.
     """
     checksums = read_json(path / "checksums.json")
     if missing := {"config.json", WEIGHTS, "training.pt"} - checksums.keys():
         raise ValueError(f"checksums.json has none of {min(missing)}")
+    if strangers := {path.name for path in path.glob("model.safetensors*")} - checksums.keys():
+        raise ValueError(f"checksums.json has none of {min(strangers)}")  # which would be opened first
     for name, expected in checksums.items():
         if Path(name).name != name:
             raise ValueError(f"checksums.json names {name!r}, which is no file of the checkpoint")
         if checksum(path / name) != expected:
             raise ValueError(f"{name} does not have its checksum")
     saved = read_pickle(path / "training.pt")
-    found = saved.get("identity", identity), saved.get("state", {}).get("step")
+    found = saved.get("identity"), saved.get("state", {}).get("step")
     if found != (identity, step):
         raise ValueError(f"it is step {found[1]} of run {found[0]}, not step {step} of {identity}")
-    return saved
 
 
 def newest_checkpoint(out: Path, identity: str) -> int:
-    """Returns the step of the newest checkpoint that is whole, -1 if none is.
+    """Returns the step of the newest checkpoint that is whole; -1 where there are none at all.
 
     A damaged one is reported and set aside, and the one before it is used.
+    Raises: ValueError where all are damaged, OSError where one can't be read: nothing is set aside then.
     """
+    damaged: dict[Path, Exception] = {}
     for step, path in checkpoints(out):
         try:
-            load_checkpoint(path, step, identity)
-            return step
-        except (ValueError, OSError) as error:
+            check_checkpoint(path, step, identity)
+        except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            damaged[path] = error
+            continue
+        for path, error in damaged.items():
             aside = path.with_name(f"damaged-{path.name}")
-            say(f"warning: {path} is damaged ({error}); it is now {aside.name}, trying the one before it")
+            say(f"warning: {path} is damaged ({error}); it is now {aside.name}, the one before it is used")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
+        return step
+    if damaged:
+        path, error = next(iter(damaged.items()))
+        raise ValueError(f"{out} holds no whole checkpoint: {path.name} is damaged ({error}), and so is any "
+                         "before it; put one back, or delete the directory to start over")
     return -1
 
 
@@ -679,6 +732,7 @@ def clock(seconds: float) -> str:
 # The run
 # ----------------------------------------------------------------------------------------------------------
 
+PLOT_SECONDS = 60  # between two drawings of loss.png, of half a second each
 MAX_SKIPPED = 20  # steps without finite gradients in a row: more of them will not mend what is wrong
 
 
@@ -698,7 +752,7 @@ class Health:
 
     def say_once(self, what: str, message: str) -> None:
         if what not in self.state["said"]:
-            self.state["said"] = [*self.state["said"], what]
+            self.state["said"].append(what)
             say(f"warning (said once): {message}", self.rank)
 
     def see_norm(self, step: int, norm: float) -> None:
@@ -732,7 +786,6 @@ class Health:
                           f"was {usual:,.0f}: do other programs run, is the machine hot or failing?")
 
 
-
 class Run:
     """What pretraining and fine-tuning share: optimiser steps, the log, checkpoints, exact resuming.
 
@@ -764,6 +817,7 @@ class Run:
                       "window_counts": [0] * len(self.loss_names)}
         self.health = Health(setup.rank)
         self.grad_norm = self.epoch = 0.0
+        self.drawn = time.monotonic()
         self.wrapped: nn.Module = self.model
 
     def loss_sums(self, batch: Any) -> tuple[Tensor, ...]:
@@ -797,10 +851,9 @@ class Run:
         """Goes back to the newest whole checkpoint, if any: weights, optimiser, scaler, counters, log."""
         self.window_started = time.monotonic()
         self.identity = read_json(self.out / "run.json")["identity"] if self.setup.rank == 0 else ""
-        self.setup.mark("before the last checkpoint is read")
         # Rank 0 says which one, so that a damaged one is the same for all.
         newest = newest_checkpoint(self.out, self.identity) if self.setup.rank == 0 else 0
-        newest = int(self.setup.sum(torch.tensor(newest)))
+        newest = int(self.setup.sum(torch.tensor(newest), "the newest checkpoint's number"))
         if newest >= 0:
             self._restore(self.out / f"checkpoint-{newest}")
         if self.setup.rank == 0:  # lines written after that checkpoint will be written again
@@ -894,7 +947,7 @@ class Run:
     def _window(self) -> Tensor:
         """Returns the sums since the last log line, over all ranks."""
         tokens = torch.tensor(self.window_tokens, dtype=torch.float64)
-        return self.setup.sum(torch.cat([self.window_loss.cpu(), tokens]))
+        return self.setup.sum(torch.cat([self.window_loss.cpu(), tokens]), "the losses")
 
     def log(self) -> None:
         """Writes and prints a line about the steps since the last one."""
@@ -954,13 +1007,16 @@ class Run:
         """Returns whether the weights as they are now are the best so far."""
         return self.state["eval_step"] == self.step and self.state["score"] > self.state["best_score"]
 
-    def save(self) -> None:
-        """Writes a checkpoint of the current step and removes those no longer kept."""
-        started = time.monotonic()
-        self.setup.mark(f"in the checkpoint of step {self.step}")
-        window, window_seconds = self._window(), started - self.window_started
+    def _note_if_best(self) -> None:
         if self._improved():
             self.state |= {"best_score": self.state["score"], "best_step": self.step}
+
+    def save(self, last: bool = False) -> None:
+        """Writes a checkpoint of the current step, removes those no longer kept, draws if it is time to."""
+        started = time.monotonic()
+        window, window_seconds = self._window(), started - self.window_started
+        self.setup.mark(f"in the checkpoint of step {self.step}")
+        self._note_if_best()
         if self.setup.rank == 0:
             state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                      "state": self.state, "window": window, "window_seconds": window_seconds,
@@ -970,7 +1026,10 @@ class Run:
             for step, path in checkpoints(self.out)[self.config.keep :]:
                 if step != self.state["best_step"]:
                     remove_checkpoint(path)
-            self.plot()
+            if last or started - self.drawn >= PLOT_SECONDS:
+                self.plot()
+                self.drawn = started
+        self.setup.sum(torch.zeros(1), "who has saved")  # rank 0 is not left alone with its work
         self._not_training(started)
 
     def plot(self) -> None:
@@ -991,32 +1050,31 @@ class Run:
                 if evaluated := self.step % eval_interval == 0 or last:
                     result = self.evaluate()
                 # All ranks stop at the same step, whoever got the signal.
-                stop = int(self.setup.sum(torch.tensor(len(received))))
+                stop = int(self.setup.sum(torch.tensor(len(received)), "the signals"))
                 sound = self.state["skipped_in_a_row"] == 0  # a run that diverges replaces no checkpoint
                 due = self.step % self.config.checkpoint_interval == 0 and sound
                 better = self.save_improvements and evaluated and self._improved()
                 if due or better or stop or self.is_over():
-                    self.save()
-                if self.is_over():
-                    self.setup.rest()
-                    return result
-                if stop:
-                    say(f"stopped at step {self.step}, saved; the same command goes on from there",
-                        self.setup.rank)
-                    sys.exit(128 + (received[0] if received else signal.SIGTERM))
-        raise AssertionError("a run that is over was trained")
+                    self.save(last=stop > 0 or self.is_over())
+                if stop or self.is_over():
+                    break
+        self.setup.rest()
+        if stop or received:  # the latter: while the last step's checkpoint was written
+            say(f"stopped at step {self.step}, saved; the same command goes on from there", self.setup.rank)
+            sys.exit(128 + (received[0] if received else signal.SIGTERM))
+        return result
 
 
 def claim_directory(out: Path, described: dict[str, dict], free_to_change: set[str], rank: int) -> None:
     """Writes run.json, or where it is there already, refuses a run that would not continue it.
 
-    The run's identity, a digest of all that it depends on, is added: checkpoints have it, too.
+    The run's identity, a digest of what it was begun with, is added: checkpoints have it, too.
     Raises: ValueError with both values, for the first entry outside `free_to_change` that differs.
     """
     described = json.loads(json.dumps(described))  # as it will be read back
     path = out / "run.json"
-    if path.exists():
-        before = read_json(path)
+    before = read_json(path) if path.exists() else {}
+    if before:
         for part in described:
             for name, value in described[part].items():
                 found = before.get(part, {}).get(name)
@@ -1028,7 +1086,8 @@ def claim_directory(out: Path, described: dict[str, dict], free_to_change: set[s
         remove_leftovers(out)
         fixed = {part: {name: value for name, value in described[part].items() if name not in free_to_change}
                  for part in described}
-        described["identity"] = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+        identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+        described["identity"] = before.get("identity", identity)
         write_atomically(path, (json.dumps(described, indent=1) + "\n").encode())
 
 
@@ -1103,6 +1162,7 @@ class Pretraining(Run):
 
     def finish(self, result: dict[str, float]) -> dict[str, Any]:
         """Writes results.json and shows what the model has learned."""
+        self.setup.rest()
         results = result | {
             "steps": self.step, "tokens": self.state["tokens"], "seconds": self.state["seconds"],
             "parameters": self.model.num_parameters(), "peak_memory_bytes": peak_memory(),
@@ -1150,7 +1210,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Runs, or goes on with, the run that `config` describes; returns what results.json holds."""
     config = replace(config, out=config.out or f"runs/{config.preset}")
     check(config)
-    with locked(Path(config.out)) if ranks_of_environment()[0] == 0 else contextlib.nullcontext():
+    with locked(Path(config.out), ranks_of_environment()[0]):
         data = prepared_data(config)
         setup = set_up(config.precision, config.timeout)
         run = Pretraining(replace(config, precision=setup.precision), data, setup)
@@ -1159,8 +1219,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             return run.finish(run.loop(config.eval_interval))
         say(f"{config.out} is finished at step {run.step}. To lengthen it: --max-steps {2 * run.step}, with "
             f"the schedule of the longer run. To start another: another --out, or delete it.", setup.rank)
-        if (run.out / "results.json").exists():
-            return read_json(run.out / "results.json")
+        if (path := run.out / "results.json").exists() and (results := read_json(path))["steps"] == run.step:
+            return results
         if setup.rank == 0:
             run.plot()
         return run.finish(run.measure())
@@ -1168,11 +1228,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def check_values(config: RunConfig) -> None:
     """Raises ValueError for values that no run, of pretraining or fine-tuning, can have."""
-    for name in ("batch_size", "log_interval", "checkpoint_interval", "keep", "timeout"):
+    for name in ("batch_size", "log_interval", "checkpoint_interval", "keep"):
         at_least(config, name, 1)
     at_least(config, "micro_batch_size", 0)
     ranges = {"dropout": (0, 1), "adam_beta1": (0, 1), "adam_beta2": (0, 1), "adam_eps": (1e-30, 1),
-              "peak_lr": (1e-12, 1e3), "weight_decay": (0, 1e3), "clip_norm": (0, 1e9), "seed": (0, 2**63)}
+              "peak_lr": (1e-12, 1e3), "weight_decay": (0, 1e3), "clip_norm": (0, 1e9), "seed": (0, 2**63),
+              "timeout": (1, 1e7)}
     for name, (low, high) in ranges.items():
         in_range(config, name, low, high)
 
@@ -1231,8 +1292,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         fail(lost_rank(error))
     except KeyboardInterrupt:
-        fail("interrupted before training; the same command goes on from here", 128 + signal.SIGINT)
-    leave()
+        fail("interrupted; the same command goes on from here", 128 + signal.SIGINT)
+    except SystemExit as stopped:
+        leave(stopped.code)
+        raise
+    leave(0)
 
 
 def lost_rank(error: RuntimeError) -> str:
@@ -1243,13 +1307,16 @@ def lost_rank(error: RuntimeError) -> str:
             "torchrun says. The same command goes on from the last checkpoint")
 
 
-def leave() -> None:
-    """Ends a rank whose work is done at once: gloo's threads were seen to abort a process being torn down."""
+def leave(code: int) -> None:
+    """Ends a rank whose work is done at once: gloo's threads were seen to abort a process being torn down.
+
+    A process that is alone is left to end by itself.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -57,7 +57,7 @@ def tally(faults, request):
     noted = []
 
     def note(fault: str, injected: int = 1, **more: int) -> None:
-        faults[fault].update(injected=injected, **more)
+        faults[fault].update(injected=injected, **more)  # sums up what several tests note
         noted.append(fault)
 
     yield note

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parent.parent
 # Published files that are too large for the project (GPT-2's merges, books); tests that need them skip
 # without.
@@ -23,6 +26,30 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
         return " ".join(chosen).capitalize() + rng.choice(".!?")
 
     return [" ".join(sentence() for _ in range(rng.randint(1, 30))) for _ in range(count)]
+
+
+def same(a, b) -> bool:
+    """Returns whether two nested values, with tensors in them, are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def ends(main, arguments, code: int, capsys) -> str:
+    """Calls a program's main(), which must exit with this code; returns what it wrote to stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    errors = capsys.readouterr().err
+    found = exit.value.code
+    if isinstance(found, str):  # which the interpreter prints, to end with 1
+        found, errors = 1, f"{found}\n"
+    assert found == code, errors
+    return errors
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:

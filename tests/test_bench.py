@@ -42,6 +42,7 @@ def smoke(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_smoke(smoke, name):
     record = json.loads((smoke / f"{name}-smoke.json").read_text())
@@ -56,12 +57,14 @@ def test_smoke(smoke, name):
             assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_equal_passes(smoke):
     """§4.3: a batch four times as large takes a quarter of the steps."""
     runs = json.loads((smoke / "batch_size-smoke.json").read_text())["runs"]
     assert {(run["batch_size"], run["steps"]) for run in runs} == {(4, 64), (16, 16)}
 
 
+@pytest.mark.slow
 def test_second_call_repeats_nothing(smoke):
     """Finished runs are found done: the same records, and no log line more."""
     logs = {path: path.read_text() for path in smoke.glob("masking-smoke/*/log.jsonl")}
@@ -73,12 +76,14 @@ def test_second_call_repeats_nothing(smoke):
     assert {path: path.read_text() for path in logs} == logs
 
 
+@pytest.mark.slow
 def test_static_and_dynamic_are_equal_for_ten_epochs(smoke):
     runs = json.loads((smoke / "masking-smoke.json").read_text())["runs"]
     static, dynamic = ([r["eval_loss"] for r in runs if r["masking"] == m] for m in ("static", "dynamic"))
     assert static == dynamic and runs[0]["steps"] < 10 * runs[0]["steps_per_epoch"]
 
 
+@pytest.mark.slow
 def test_shares_are_nested_and_hold_the_same_documents_out(smoke):
     held_out, kept = [], []
     for name in ("units1024", "units1024-share0.5"):

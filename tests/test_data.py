@@ -6,7 +6,6 @@ import json
 import lzma
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -335,24 +334,6 @@ def test_any_number_of_workers_and_ranks_gives_the_same_bytes(tmp_path):
     ]
     assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
     assert alone == contents(tmp_path / "ranks")
-
-
-def test_killed_at_any_moment_the_same_command_finishes(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus", files=12, documents=600)
-    command = [sys.executable, "data.py", *arguments_of(corpus, tmp_path / "out", workers=2)]
-    rng, kills = random.Random(0), 0
-    for attempt in range(60):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(0.2, 0.5) + 0.01 * attempt)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert process.returncode == 0 or run(*command[1:]).returncode == 0
-    assert kills >= 2
-    assert contents(tmp_path / "out") == contents(data.prepare(flags(corpus, tmp_path / "straight")))
 
 
 def test_workers_die_with_a_killed_parent(tmp_path):

@@ -199,12 +199,13 @@ def test_ids_equal_hugging_faces_with_our_merges(oracle, tmp_path):
 
 
 @needs_published("gpt2_bpe/vocab.bpe")
-def test_ids_and_offsets_equal_hugging_faces_with_gpt2s_merges(oracle, tmp_path):
-    """GPT-2's published files and fairseq's dictionary, on 5 MB of text of all kinds."""
+@pytest.mark.parametrize("size", [500_000, pytest.param(5_000_000, marks=pytest.mark.slow)])
+def test_ids_and_offsets_equal_hugging_faces_with_gpt2s_merges(oracle, tmp_path, size):
+    """GPT-2's published files and fairseq's dictionary, on text of all kinds."""
     tokenizer = data.Tokenizer.from_pretrained(PUBLISHED / "gpt2_bpe")
     assert tokenizer.vocab_size == 50265 and tokenizer.mask_id == 50264
     assert [0, *tokenizer.encode("Hello world!"), 2] == [0, 31414, 232, 328, 2]
-    text = mixed_text(5_000_000)
+    text = mixed_text(size)
     encoding = hugging_face_encoding(oracle, tokenizer, tmp_path, text)
     ids, offsets = tokenizer.encode_with_offsets(text)
     assert ids.tolist() == encoding.ids

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_documents, run
+from helpers import ROOT, ends, make_documents, run, same
 
 import data
 import roberta
@@ -105,14 +105,13 @@ def test_only_matrices_decay():
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
 
 
-def test_help_shows_every_flag_and_unknown_ones_are_refused():
+def test_help_shows_every_flag_and_unknown_ones_are_refused(capsys):
     result = run("train.py", "--help")
     for field in dataclasses.fields(train.TrainConfig):
         assert "--" + field.name.replace("_", "-") in result.stdout
     assert "Table 9" in result.stdout
     for bad in (["--no-such-flag", "1"], ["--max-step", "5"], ["--precision", "fp8"], ["--seed", "x"]):
-        result = run("train.py", *bad)
-        assert result.returncode == 2 and "error: " in result.stderr
+        assert "error: " in ends(train.main, bad, 2, capsys)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -219,12 +218,11 @@ def test_resuming_is_exact_to_the_bit(prepared, tmp_path, monkeypatch, changes, 
     assert "resuming at step 11" in capsys.readouterr().out
     assert losses(tmp_path / "straight") == losses(tmp_path / "resumed")
     assert same_weights(tmp_path / "straight", tmp_path / "resumed")
-    for key in ("optimizer", "scaler", "window"):
-        a, b = (
-            torch.load(tmp_path / run / "checkpoint" / "training.pt", weights_only=True)[key]
-            for run in ("straight", "resumed")
-        )
-        assert str(a) == str(b)
+    a, b = (
+        torch.load(tmp_path / run / "checkpoint" / "training.pt", weights_only=True)
+        for run in ("straight", "resumed")
+    )
+    assert all(same(a[key], b[key]) for key in ("optimizer", "scaler", "window", "health"))
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(straight, prepared, tmp_path):
@@ -244,45 +242,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(straight, prepared, tmp_p
         file.write('{"step": 9, "lo')  # a line the crash cut short
     train.train(config(prepared, out))
     assert losses(straight[0]) == losses(out) and same_weights(straight[0], out)
-
-
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(straight, prepared, tmp_path, capsys):
-    out = tmp_path / "run"
-    train.train(config(prepared, out))
-    for name in ("training.pt", "pytorch_model.bin"):
-        damaged = out / "checkpoint-12" / name
-        content = bytearray(damaged.read_bytes())
-        content[len(content) // 2] ^= 1
-        damaged.write_bytes(content)
-        capsys.readouterr()
-        train.train(config(prepared, out))
-        printed = capsys.readouterr().out
-        assert f"checkpoint-12 is damaged ({name} does not have its checksum)" in printed
-        assert "resuming at step 6" in printed
-        assert losses(straight[0]) == losses(out) and same_weights(straight[0], out)
-
-
-def test_a_killed_rank_is_restarted_by_torchrun(straight, prepared, tmp_path):
-    out = tmp_path / "run"
-    script = tmp_path / "killer.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train\n"
-        "original = train.Run.train_step\n"
-        "def train_step(self, step):\n"
-        "    original(self, step)\n"
-        "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
-        "    if first and self.step == 9 and self.setup.rank == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train.Run.train_step = train_step\n"
-        "train.main()\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
-    result = run(*launcher, script, *command(prepared, out, micro_batch_size=2)[1:])
-    assert result.returncode == 0, result.stderr
-    assert "resuming at step 6" in result.stdout
-    assert same_weights(straight[0], out, 1e-6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -373,10 +332,9 @@ def test_text_is_prepared_on_the_way(tmp_path):
         ({"num_attention_heads": 3}, "error: hidden_size 16 must be a multiple of num_attention_heads 3"),
     ],
 )
-def test_bad_values_are_one_clear_line(prepared, tmp_path, arguments, message):
-    result = run(*command(prepared, tmp_path / "run", **arguments))
-    assert result.returncode == 1 and result.stderr.startswith(message), result.stderr
-    assert result.stderr.count("\n") == 1
+def test_bad_values_are_one_clear_line(prepared, tmp_path, arguments, message, capsys):
+    errors = ends(train.main, command(prepared, tmp_path / "run", **arguments)[1:], 1, capsys)
+    assert errors.startswith(message) and errors.count("\n") == 1, errors
 
 
 # ----------------------------------------------------------------------------------------------------------
