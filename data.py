@@ -122,7 +122,7 @@ def _pass_line(file: typing.BinaryIO) -> bool:
 
 
 class LeftOut(NamedTuple):
-    """What no text can be made of: a line, of a very long one a piece, of a damaged file all that follows."""
+    """What no text can be made of: a line; a piece of a very long one; the rest of a damaged file."""
 
     path: str
     line: int
@@ -167,17 +167,18 @@ def read_documents(path: str | Path, begin: int = 0, end: int | None = None,
                 if end is not None and not packed and position >= end:
                     break
                 line = raw.removeprefix(b"\xef\xbb\xbf") if position == 0 else raw  # a byte-order mark
-                text = ""
+                is_blank = False
                 try:
                     text = _text_of_row(line) if is_json else _text_of_line(line)
+                    is_blank = not text.strip()
+                    if is_json and not is_blank:
+                        yield text
+                    elif not is_blank:
+                        lines.append(text)
+                        size += length
                 except _NoText as problem:
                     unusable(*problem.args)
-                if is_json and text.strip():
-                    yield text
-                elif text.strip():
-                    lines.append(text)
-                    size += length
-                if lines and (not raw.strip() or not is_whole or size > MAX_DOCUMENT_BYTES):
+                if lines and (is_blank or not is_whole or size > MAX_DOCUMENT_BYTES):
                     yield "\n".join(lines)
                     lines, size = [], 0
                 position, number = position + length, number + is_whole
@@ -190,7 +191,7 @@ def read_documents(path: str | Path, begin: int = 0, end: int | None = None,
 def _read_lines(file: typing.BinaryIO) -> Iterator[tuple[bytes, int, bool]]:
     """Yields the lines of a text, a very long one in pieces: bytes, their number, whether the line is over.
 
-    A piece ends behind a space, or where there is none before a character.
+    A piece ends behind a space, or, where there is none, in front of a character.
     """
     rest = b""
     while raw := rest + file.readline(MAX_DOCUMENT_BYTES + 1 - len(rest)):
@@ -204,7 +205,7 @@ def _read_lines(file: typing.BinaryIO) -> Iterator[tuple[bytes, int, bool]]:
 
 
 def _read_rows(file: typing.BinaryIO) -> Iterator[tuple[bytes, int, bool]]:
-    """Yields the same of a .jsonl; of a row that is too long no more than shows that it is."""
+    """Yields the same for .jsonl. Of a row that is too long only the beginning is kept, which shows that."""
     while raw := file.readline(MAX_ROW_BYTES + 1):
         length, piece = len(raw), raw
         while len(piece) > MAX_ROW_BYTES and not piece.endswith(b"\n"):
@@ -635,16 +636,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 def temporary_beside(path: Path, mark: str | None = None) -> Path:
     """Returns a name for what is to become `path`, in the same directory.
 
-    mark: eight hexadecimal digits; drawn, unless no other process can be writing the same.
+    mark: eight hexadecimal digits; random, unless one process at a time writes this file.
     """
     return path.with_name(f".{path.name}.{mark or secrets.token_hex(4)}.tmp")
 
 
 def remove_leftovers(directory: Path) -> None:
     """Removes what a killed process left half written. Only for who has the directory to itself."""
-    for path in directory.glob(".*.tmp"):
-        if not re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
-            continue  # somebody else's
+    for path in directory.glob(".?*." + 8 * "[0-9a-f]" + ".tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -913,9 +912,14 @@ def _prepare(config: PrepareConfig, rank: int, world_size: int) -> Path:
             raise ValueError(f"{out} holds the tokenizer/ of something else; choose another --out")
         work.mkdir(parents=True, exist_ok=True)
         write_atomically(work / "settings.json", json.dumps(settings).encode())
-    wait_for([work / "settings.json"], out)
-    _compare_settings(out, read_json(work / "settings.json"), settings)
+    if rank == 0:
+        write_atomically(work / "start", this_start().encode())
+    while rank > 0 and _read_start(work) != this_start():  # till rank 0 has the lock: others may be at work
+        if (out / "manifest.json").exists():
+            return out
+        time.sleep(0.2)
     try:
+        _compare_settings(out, read_json(work / "settings.json"), settings)
         _run_passes(config, settings, rank, world_size)
     except OSError:
         if rank == 0 or not (out / "manifest.json").exists():
@@ -954,6 +958,18 @@ def _run_passes(config: PrepareConfig, settings: dict, rank: int, world_size: in
         _write_manifest(out, settings, encoded, np.concatenate(splits), left_out)
         _clean_up(out)
     wait_for([out / "manifest.json"], out)
+
+
+def this_start() -> str:
+    """Returns what the ranks of one start have in common, and those of no other: torchrun sets these."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    return " ".join(os.environ.get(name, "") for name in names)
+
+
+def _read_start(work: Path) -> str | None:
+    with contextlib.suppress(FileNotFoundError):
+        return (work / "start").read_text()
+    return None
 
 
 def _clean_up(out: Path) -> None:
@@ -1013,7 +1029,7 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterato
     interrupted: list[int] = []
 
     def finished(running: set) -> Iterator:
-        """Waits until a job has ended, of `running`, which loses those that have; yields their results."""
+        """Waits for at least one job to end; removes those that have from `running`, yields their results."""
         done: set = set()
         while not done:
             done = wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done
@@ -1022,7 +1038,7 @@ def run_jobs(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterato
         running -= done
         yield from (future.result() for future in done)
 
-    # Ctrl-C is let in where it does no harm: inside fork or the pool it was seen to get lost, or to hang.
+    # Ctrl-C is only noted, and `finished` looks: inside fork or the pool it was seen to get lost, or to hang.
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(1)) if in_main_thread else None
     try:

@@ -24,7 +24,6 @@ import io
 import json
 import math
 import re
-import signal
 import statistics
 import string
 import zipfile
@@ -77,10 +76,8 @@ from train import (
     check_values,
     checkpoints,
     claim_directory,
-    fail,
+    clean_end,
     in_range,
-    leave,
-    lost_rank,
     micro_batch_size,
     plot_log,
     point_to,
@@ -1539,24 +1536,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = config_of(given.get("task", "all"), given)
     shown = {name: value for name, value in asdict(config).items() if value not in (None, ())}
     say("  ".join(f"{name}={value}" for name, value in shown.items()), rank)
-    try:
+    with clean_end(unfit=2):
         summaries = run_command(config, given)
         say("\n" + table(summaries), rank)
-    except torch.OutOfMemoryError as error:
-        fail(f"error: {str(error).splitlines()[0][:100]}; try a smaller --micro-batch-size, which leaves the "
-             "result as it is, or a smaller --seq-len")
-    except FloatingPointError as error:
-        fail(f"error: {error}")
-    except (ValueError, OSError) as error:
-        fail(f"error: {error}", 2)
-    except RuntimeError as error:
-        fail(lost_rank(error))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", 128 + signal.SIGINT)
-    except SystemExit as stopped:
-        leave(stopped.code)
-        raise
-    leave(0)
 
 
 def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str, Any]]:

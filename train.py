@@ -37,7 +37,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -207,6 +207,10 @@ class Setup:
         if self.heartbeat:
             self.heartbeat.since = math.inf
 
+    def barrier(self, of: str) -> None:
+        """Returns when all ranks have come here."""
+        self.sum(torch.zeros(1), of)
+
     def sum(self, values: Tensor, of: str) -> Tensor:
         """Returns the sum of `values` over all ranks, which wait for each other here."""
         if self.world_size > 1:
@@ -261,11 +265,11 @@ def set_up(precision: str | None, timeout: float = RunConfig.timeout) -> Setup:
 
 
 class Beat(NamedTuple):
-    """What a rank tells the others of itself."""
+    """What a rank tells of itself: another number shows that it lives, more marks or work that it gets on."""
 
     number: int
     marks: int
-    work: int  # signs of getting on between two marks
+    work: int  # counts micro-batches and the like, between two marks
     place: str
     process: int
     host: str
@@ -278,8 +282,8 @@ class Heartbeat:
     it waits. So each rank has a thread that writes now and then, to the store through which the ranks met,
     that it lives and how far it is. A rank that has come no further for half of `timeout` reads what the
     others write, and when in the other half none has come any further, ends the run. To blame is who is
-    silent (stopped, or its machine is), else who has fewer marks. If that is a rank of the same machine it is
-    killed, so that torchrun can start all of them again.
+    silent (stopped, or its machine is), else who has fewer marks. Such a rank on the same machine is killed
+    at once: torchrun, which starts all of them again, would first wait half a minute for it to end.
 
     A second thread keeps the time, for a store on a machine that is gone may never answer. Its clock stands
     still while this process does: one that was paused has not waited.
@@ -289,7 +293,7 @@ class Heartbeat:
         self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
         self.interval = min(5.0, timeout / 8)
         self.marks = self.work = 0
-        self.place, self.since = "setting up", math.inf  # infinity: nobody waits for this rank
+        self.place, self.since = "setting up", math.inf  # infinity: at rest, which counts as getting on
         self.clock = self.answered = 0.0
         # The last beat of each rank, when it was heard, when it came further; empty while there is no need.
         self.beats: list[Beat] = []
@@ -306,7 +310,8 @@ class Heartbeat:
         keys = [f"heartbeat-{rank}" for rank in range(self.world_size)]
         process, host = os.getpid(), socket.gethostname()
         for number in itertools.count():
-            self.work += self.since == math.inf
+            if self.since == math.inf:
+                self.work += 1
             beat = Beat(number, self.marks, self.work, self.place, process, host)
             with contextlib.suppress(RuntimeError):  # the store's; `answered` shows it
                 self.store.set(keys[self.rank], json.dumps(beat))
@@ -362,12 +367,14 @@ class Heartbeat:
 
 
 def is_sibling(process: int, host: str) -> bool:
-    """Returns whether a process has our parent: then it is a rank that the same torchrun has started."""
+    """Returns whether a process on a host has our parent: then it is a rank that our torchrun has started."""
+    if host != socket.gethostname():
+        return False
     try:
         parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
     except OSError:  # it is gone, or this is no Linux
         return False
-    return host == socket.gethostname() and int(parent) == os.getppid()
+    return int(parent) == os.getppid()
 
 
 def keep_freed_memory() -> None:
@@ -549,37 +556,46 @@ def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5)
 # ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    out: Path, step: int, model: RobertaModelBase, tokenizer: Tokenizer, state: dict[str, Any]
-) -> None:
+def save_checkpoint(out: Path, step: int, model: RobertaModelBase, tokenizer: Tokenizer,
+                    state: dict[str, Any], progress: Callable[[], object] = lambda: None) -> None:
     """Writes out/checkpoint-<step>: the model, as anyone can open it, and the training state beside it.
 
     Written under another name, flushed to the disk with a checksum of every file, then renamed: at no time
     does a directory with a checkpoint's name hold a part of one. The link `checkpoint` points to the newest.
+    `progress` is called between its parts. Raises: OSError, having removed what it wrote.
     """
     final = out / f"checkpoint-{step}"
     temporary = temporary_beside(final)
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary, tokenizer)
+        progress()
         torch.save(state, temporary / "training.pt")
-        checksums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
-        write_atomically(temporary / "checksums.json", json.dumps(checksums, indent=1).encode())
-        for path in [*temporary.iterdir(), temporary]:
+        checksums = {}
+        for path in sorted(temporary.iterdir()):
+            progress()
+            checksums[path.name] = checksum(path)
             sync(path)
+        write_atomically(temporary / "checksums.json", json.dumps(checksums, indent=1).encode())
+        sync(temporary)
         os.replace(temporary, final)
-        point_to(final)
-    except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # else it is torch's word for a full disk
         raise OSError(f"cannot write {final} ({str(error).splitlines()[0]}); is the disk full? Earlier "
                       "checkpoints are whole, and the same command goes on from them") from None
+    point_to(final)
 
 
 def point_to(path: Path) -> None:
     """Has the link `checkpoint` beside a checkpoint lead to it."""
-    link = temporary_beside(path.parent / "checkpoint")
-    link.symlink_to(path.name)
-    os.replace(link, path.parent / "checkpoint")
+    link = path.parent / "checkpoint"
+    if link.is_dir() and not link.is_symlink():  # many ways to copy a run put a copy in a link's place
+        remove_checkpoint(link)
+    temporary = temporary_beside(link)
+    temporary.symlink_to(path.name)
+    os.replace(temporary, link)
     sync(path.parent)
 
 
@@ -612,9 +628,9 @@ def check_checkpoint(path: Path, step: int, identity: str) -> None:
     """
     checksums = read_json(path / "checksums.json")
     if missing := {"config.json", WEIGHTS, "training.pt"} - checksums.keys():
-        raise ValueError(f"checksums.json has none of {min(missing)}")
-    if strangers := {path.name for path in path.glob("model.safetensors*")} - checksums.keys():
-        raise ValueError(f"checksums.json has none of {min(strangers)}")  # which would be opened first
+        raise ValueError(f"checksums.json has none for {min(missing)}")
+    if added := {file.name for file in path.glob("model.safetensors*")} - checksums.keys():
+        raise ValueError(f"checksums.json has none for {min(added)}, which would be opened before {WEIGHTS}")
     for name, expected in checksums.items():
         if Path(name).name != name:
             raise ValueError(f"checksums.json names {name!r}, which is no file of the checkpoint")
@@ -639,11 +655,11 @@ def newest_checkpoint(out: Path, identity: str) -> int:
         except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             damaged[path] = error
             continue
-        for path, error in damaged.items():
-            aside = path.with_name(f"damaged-{path.name}")
-            say(f"warning: {path} is damaged ({error}); it is now {aside.name}, the one before it is used")
+        for unsound, error in damaged.items():
+            aside = unsound.with_name(f"damaged-{unsound.name}")
+            say(f"warning: {unsound} is damaged ({error}); it is now {aside.name}, the one before it is used")
             shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+            os.replace(unsound, aside)
         return step
     if damaged:
         path, error = next(iter(damaged.items()))
@@ -682,13 +698,11 @@ def append_line(path: Path, line: str) -> None:
 
 def plot_log(out: Path, title: str, ylabel: str) -> None:
     """Draws loss.png from log.jsonl: training and held-out loss, the unigram baseline, if any, as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = read_log(out)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
     # A loss that is not finite stands in the log as null.
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
@@ -710,7 +724,6 @@ def plot_log(out: Path, title: str, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
     figure.savefig(content, dpi=120)
-    pyplot.close(figure)
     del figure, axes
     gc.collect()  # a figure is full of cycles: left to Python's own time, each held on to another 1.3 MB
     write_atomically(out / "loss.png", content.getvalue())
@@ -756,7 +769,7 @@ class Health:
             say(f"warning (said once): {message}", self.rank)
 
     def see_norm(self, step: int, norm: float) -> None:
-        """Compares a finite gradient norm with its average over the last hundred steps."""
+        """Compares a finite gradient norm with a running average, which a leap may raise only so far."""
         state = self.state
         if state["steps"] >= self.SETTLED and norm > self.LEAP * state["norm"]:
             self.say_once("norm", f"the gradient norm of step {step} is {norm:.3g}, of late it was "
@@ -817,7 +830,7 @@ class Run:
                       "window_counts": [0] * len(self.loss_names)}
         self.health = Health(setup.rank)
         self.grad_norm = self.epoch = 0.0
-        self.drawn = time.monotonic()
+        self.plotted_at = time.monotonic()
         self.wrapped: nn.Module = self.model
 
     def loss_sums(self, batch: Any) -> tuple[Tensor, ...]:
@@ -848,12 +861,13 @@ class Run:
         return self.state["step"]
 
     def resume(self) -> None:
-        """Goes back to the newest whole checkpoint, if any: weights, optimiser, scaler, counters, log."""
+        """Makes ready to train, from the newest whole checkpoint if there is one."""
         self.window_started = time.monotonic()
         self.identity = read_json(self.out / "run.json")["identity"] if self.setup.rank == 0 else ""
-        # Rank 0 says which one, so that a damaged one is the same for all.
+        # Rank 0 chooses for all, who add zeros: what one finds damaged another may find whole.
         newest = newest_checkpoint(self.out, self.identity) if self.setup.rank == 0 else 0
         newest = int(self.setup.sum(torch.tensor(newest), "the newest checkpoint's number"))
+        self.setup.rest()  # to read and to compile a large model takes its time
         if newest >= 0:
             self._restore(self.out / f"checkpoint-{newest}")
         if self.setup.rank == 0:  # lines written after that checkpoint will be written again
@@ -881,6 +895,8 @@ class Run:
                 self.window_loss.copy_(saved["window"][:-2])
                 self.window_tokens = saved["window"][-2:].long().tolist()
             self.window_started = time.monotonic() - saved["window_seconds"]
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{path}: training.pt is not this run's ({error!r}); remove {path}, and the "
                              "checkpoint before it is used") from None
@@ -903,8 +919,8 @@ class Run:
             seed = draw(self.config.seed, DROPOUT_STREAM, self.step, number, setup.rank)
             torch.manual_seed(int(seed >> np.uint64(1)))  # it takes 63 bits
             last = number == len(step.batches) - 1
-            wait = contextlib.nullcontext() if last or setup.world_size == 1 else self.wrapped.no_sync()
-            with wait:  # gradients travel between ranks once a step, with the last micro-batch
+            unsummed = contextlib.nullcontext() if last or setup.world_size == 1 else self.wrapped.no_sync()
+            with unsummed:  # gradients travel between ranks once a step, with the last micro-batch
                 with setup.autocast():
                     sums = self.loss_sums(batch)
                 loss = sum(part / max(1, count) for part, count in zip(sums, counts))
@@ -1022,14 +1038,15 @@ class Run:
                      "state": self.state, "window": window, "window_seconds": window_seconds,
                      "health": self.health.state, "identity": self.identity}
             sync(self.out / "log.jsonl")  # no checkpoint outlives the lines before it
-            save_checkpoint(self.out, self.step, self.model, self.tokenizer, state)
+            save_checkpoint(self.out, self.step, self.model, self.tokenizer, state,
+                            progress=self.setup.still_at_work)
             for step, path in checkpoints(self.out)[self.config.keep :]:
                 if step != self.state["best_step"]:
                     remove_checkpoint(path)
-            if last or started - self.drawn >= PLOT_SECONDS:
+            if last or started - self.plotted_at >= PLOT_SECONDS:
                 self.plot()
-                self.drawn = started
-        self.setup.sum(torch.zeros(1), "who has saved")  # rank 0 is not left alone with its work
+                self.plotted_at = started
+        self.setup.barrier("who has saved")  # nobody ends while rank 0 is still writing
         self._not_training(started)
 
     def plot(self) -> None:
@@ -1047,16 +1064,17 @@ class Run:
                 last = self.step == self.max_steps
                 if self.step % self.config.log_interval == 0 or last:
                     self.log()
-                if evaluated := self.step % eval_interval == 0 or last:
+                if evaluated := (self.step % eval_interval == 0 or last):
                     result = self.evaluate()
                 # All ranks stop at the same step, whoever got the signal.
                 stop = int(self.setup.sum(torch.tensor(len(received)), "the signals"))
-                sound = self.state["skipped_in_a_row"] == 0  # a run that diverges replaces no checkpoint
-                due = self.step % self.config.checkpoint_interval == 0 and sound
+                ends = stop > 0 or self.is_over()
+                learns = self.state["skipped_in_a_row"] == 0  # else there is nothing new to save
+                due = self.step % self.config.checkpoint_interval == 0 and learns
                 better = self.save_improvements and evaluated and self._improved()
-                if due or better or stop or self.is_over():
-                    self.save(last=stop > 0 or self.is_over())
-                if stop or self.is_over():
+                if due or better or ends:
+                    self.save(last=ends)
+                if ends:
                     break
         self.setup.rest()
         if stop or received:  # the latter: while the last step's checkpoint was written
@@ -1069,23 +1087,22 @@ def claim_directory(out: Path, described: dict[str, dict], free_to_change: set[s
     """Writes run.json, or where it is there already, refuses a run that would not continue it.
 
     The run's identity, a digest of what it was begun with, is added: checkpoints have it, too.
-    Raises: ValueError with both values, for the first entry outside `free_to_change` that differs.
+    Raises: ValueError with both values, for the first entry that differs and is no flag of `free_to_change`.
     """
     described = json.loads(json.dumps(described))  # as it will be read back
     path = out / "run.json"
     before = read_json(path) if path.exists() else {}
+    fixed = described | {"flags": {name: value for name, value in described.get("flags", {}).items()
+                                   if name not in free_to_change}}
     if before:
-        for part in described:
-            for name, value in described[part].items():
-                found = before.get(part, {}).get(name)
-                if found != value and name not in free_to_change:
+        for part, values in fixed.items():
+            for name, value in values.items():
+                if (found := before.get(part, {}).get(name)) != value:
                     raise ValueError(f"{out} holds a run with {name} {found}, this one has {value}; "
                                      "choose another --out, or delete the directory to start over")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
-        fixed = {part: {name: value for name, value in described[part].items() if name not in free_to_change}
-                 for part in described}
         identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
         described["identity"] = before.get("identity", identity)
         write_atomically(path, (json.dumps(described, indent=1) + "\n").encode())
@@ -1282,12 +1299,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(argv)
     rank = ranks_of_environment()[0]
     say("  ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None), rank)
-    try:
+    with clean_end():
         train(config)
+
+
+@contextlib.contextmanager
+def clean_end(unfit: int = 1) -> Iterator[None]:
+    """Ends the process after a `with` block; with one line and no traceback, where a person can mend it.
+
+    unfit: the exit code where the input, the flags or the disk are to blame.
+    """
+    try:
+        yield
     except torch.OutOfMemoryError as error:
-        fail(f"error: {str(error).splitlines()[0][:100]}; try a smaller --micro-batch-size, which leaves the "
-             f"result as it is, or a smaller --seq-len than {config.seq_len}")
-    except (ValueError, OSError, FloatingPointError) as error:
+        fail(f"error: {str(error).splitlines()[0][:100]}; try a smaller --micro-batch-size: it changes the "
+             "result by no more than rounding and dropout's noise")
+    except (ValueError, OSError) as error:
+        fail(f"error: {error}", unfit)
+    except FloatingPointError as error:
         fail(f"error: {error}")
     except RuntimeError as error:
         fail(lost_rank(error))
@@ -1308,10 +1337,7 @@ def lost_rank(error: RuntimeError) -> str:
 
 
 def leave(code: int) -> None:
-    """Ends a rank whose work is done at once: gloo's threads were seen to abort a process being torn down.
-
-    A process that is alone is left to end by itself.
-    """
+    """Ends a rank among others immediately: gloo's threads were seen to abort a process being torn down."""
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()

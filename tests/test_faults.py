@@ -464,7 +464,7 @@ def sign(path):
         ("merges.txt", Path.unlink, "merges.txt"),
         ("training.pt", "swap", "it is step 12 of run"),
         ("training.pt", replace_by_a_step_of_before, "it is step 6 of run"),
-        ("training.pt", forget_a_checksum, "checksums.json has none of training.pt"),
+        ("training.pt", forget_a_checksum, "checksums.json has none for training.pt"),
         ("training.pt", lead_astray, "is no file of the checkpoint"),
         ("training.pt", replace_by_evil, "refused, it holds more than plain weights"),
     ],
@@ -733,8 +733,9 @@ def test_a_second_run_in_the_same_directory_is_refused(prepared, tmp_path, monke
     out = tmp_path / "run"
     many = command(prepared, out, max_steps=100_000, checkpoint_interval=50)
     first = subprocess.Popen([sys.executable, *many], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while "loss" not in first.stdout.readline():
+    while not train.checkpoints(out):
         assert first.poll() is None
+        first.stdout.readline()
     with monkeypatch.context() as patch:
         patch.setattr(data, "LOCK_PATIENCE", 0.5)
         errors = ends(train.main, many[1:], 1, capsys)
@@ -758,6 +759,27 @@ def test_the_other_programs_lock_their_directory_too(tmp_path, monkeypatch, caps
         for main, arguments, code in ((data.main, arguments_of(corpus, out), 1), (finetune.main, tuning, 2)):
             assert f"in use by process {os.getpid()} on" in ends(main, arguments, code, capsys)
     assert not (out / ".lock").exists()
+
+
+def test_ranks_of_a_start_that_is_refused_the_lock_keep_out(tmp_path):
+    """They must not write the parts that the same ranks of the other start are at."""
+    corpus, out = write_corpus(tmp_path / "corpus"), tmp_path / "out"
+
+    def start(rank, port):
+        places = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": str(port)}
+        command = [sys.executable, "data.py", *map(str, arguments_of(corpus, out, workers=1))]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | places)
+
+    first, stranger = start(0, port=1), start(1, port=2)
+    while not (out / data.WORK / "digests-00000.npy").exists():
+        assert first.poll() is None
+    time.sleep(1.5)
+    assert stranger.poll() is None and not (out / data.WORK / "digests-00001.npy").exists()
+    stranger.kill()
+    stranger.wait()
+    second = start(1, port=1)
+    assert (first.wait(60), second.wait(60)) == (0, 0)
+    assert contents(out) == contents(data.prepare(flags(corpus, tmp_path / "straight")))
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
