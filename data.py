@@ -54,7 +54,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolE
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import regex  # Unicode classes for the pre-tokenisation; tiktoken brings it along
@@ -87,11 +87,24 @@ def find_parts(corpus: Iterable[str | Path], part_bytes: int = PART_BYTES) -> li
     for path in map(Path, corpus):
         if not path.exists():
             raise ValueError(f"{path}: no such file or directory")
-        found = [path] if path.is_file() else [p for p in path.rglob("*") if p.name.endswith(TEXT_ENDINGS)]
+        found = [path] if path.is_file() else _find_texts(path)
         if not found:
             raise ValueError(f"{path}: no text here; files must end in one of {' '.join(TEXT_ENDINGS)}")
-        files += sorted(p for p in found if p.is_file())
+        files += sorted(found)
     return [part for file in files for part in _cut(file, part_bytes)]
+
+
+def _find_texts(directory: Path) -> list[Path]:
+    """Returns the texts below a directory, links to directories apart. Raises: OSError, ValueError."""
+
+    def unreadable(error: OSError) -> NoReturn:  # which os.walk would pass over
+        raise error
+
+    found = [Path(place, name) for place, _, names in os.walk(directory, onerror=unreadable)
+             for name in names if name.endswith(TEXT_ENDINGS)]
+    if broken := [path for path in found if not path.is_file()]:
+        raise ValueError(f"{broken[0]}: no file, but perhaps a link that leads nowhere; remove it")
+    return found
 
 
 def _cut(path: Path, part_bytes: int) -> Iterator[Part]:
@@ -668,31 +681,31 @@ def locked(directory: Path, rank: int = 0) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     path, give_up = directory / ".lock", time.monotonic() + LOCK_PATIENCE
     while True:
-        file = open(path, "a+", encoding="utf-8")
+        # Not through a link: a directory from elsewhere could have one to a file of the user's.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            holder = os.read(file, 500).decode(errors="replace") or "another process"
+            os.close(file)
             if time.monotonic() > give_up:
-                file.seek(0)
-                holder = file.read() or "another process"
                 raise ValueError(f"{directory} is in use by {holder}; wait until it ends, or choose another "
                                  "--out") from None
-            file.close()
             time.sleep(0.1)
             continue
         except OSError as error:
             say(f"warning: {directory} can't be locked ({error.strerror}); let no other run write there")
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
             break
-        file.close()  # its holder has removed it meanwhile
+        os.close(file)  # its holder has removed it meanwhile
     with contextlib.suppress(OSError):  # a full disk: who comes second is refused all the same
-        file.truncate(0)
-        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        file.close()
+        os.close(file)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1996,8 +2009,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error}; once that is mended, the same command goes on with {config.out}")
 
 
 if __name__ == "__main__":

@@ -1299,8 +1299,7 @@ def run_once(config: FinetuneConfig, setup: Setup, head: Head, tokenizer: Tokeni
                  "model": asdict(model_shape(config, head)), "data": data}
     claim_directory(out, described, FREE_TO_CHANGE, setup.rank)
     if (out / "results.json").exists():
-        say(f"{out} is finished", setup.rank)
-        return read_json(out / "results.json")
+        return finished_results(out, setup.rank)
     say(f"{out}: batch size {config.batch_size}, learning rate {config.peak_lr:g}, seed {config.seed}",
         setup.rank)
     run = Finetuning(config, setup, head, tokenizer, train, dev)
@@ -1308,6 +1307,18 @@ def run_once(config: FinetuneConfig, setup: Setup, head: Head, tokenizer: Tokeni
     if not run.is_over():
         run.loop(run.batches.steps_per_epoch)
     return run.finish()
+
+
+def finished_results(out: Path, rank: int) -> dict[str, Any]:
+    """Returns the results of a finished run. Raises: ValueError where they are damaged."""
+    try:
+        results = read_json(out / "results.json")
+        if lacking := {"run", "metrics", "batch_size", "peak_lr", "seed"} - results.keys():
+            raise ValueError(f"{out / 'results.json'}: damaged, has no {min(lacking)}")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {out}, and the same command repeats that run") from None
+    say(f"{out} is finished", rank)
+    return results
 
 
 @functools.cache
@@ -1505,9 +1516,10 @@ def ensemble(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
 def check(config: FinetuneConfig) -> None:
     """Raises ValueError for values that no run can have."""
     check_values(config)
-    for name in ("epochs", "doc_stride", "max_question_tokens", "max_answer_tokens", "seeds"):
+    for name in ("epochs", "doc_stride", "max_question_tokens", "max_answer_tokens"):
         at_least(config, name, 1)
     at_least(config, "patience", 0)
+    in_range(config, "seeds", 1, 1000)
     at_least(config, "seq_len", 16)
     in_range(config, "warmup_ratio", 0, 1)
 

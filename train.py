@@ -401,7 +401,9 @@ def cores() -> int:
 def prepared_data(config: TrainConfig) -> Path:
     """Returns --data if it is prepared; else prepares its text, or the documentation installed here."""
     rank, world_size, _, _ = ranks_of_environment()
-    begun = ("manifest.json", f"{WORK}/settings.json")  # Corpus refuses an unfinished directory
+    if config.data == "":
+        raise ValueError("--data is empty; leave it out to learn from the documentation installed here")
+    begun = ("manifest.json", WORK, "unigram.npy", "tokenizer")  # Corpus refuses what is not whole
     if config.data and any((Path(config.data) / name).exists() for name in begun):
         return Path(config.data)
     corpus = (config.data,) if config.data else ()
@@ -610,12 +612,14 @@ def sync(path: Path) -> None:
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
     """Returns (step, directory) of the run's checkpoints, newest first."""
-    paths = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    paths = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(((int(path.name.removeprefix("checkpoint-")), path) for path in paths), reverse=True)
 
 
 def remove_checkpoint(path: Path) -> None:
-    if path.exists():
+    if path.is_symlink():  # to where there was more space, perhaps
+        path.unlink()
+    elif path.exists():
         doomed = temporary_beside(path)
         os.replace(path, doomed)
         shutil.rmtree(doomed)
@@ -631,13 +635,15 @@ def check_checkpoint(path: Path, step: int, identity: str) -> None:
         raise ValueError(f"checksums.json has none for {min(missing)}")
     if added := {file.name for file in path.glob("model.safetensors*")} - checksums.keys():
         raise ValueError(f"checksums.json has none for {min(added)}, which would be opened before {WEIGHTS}")
+    files = {file.name for file in path.iterdir() if file.is_file()}  # no pipe or device, which have no end
+    if strange := checksums.keys() - files:
+        raise ValueError(f"checksums.json names {min(strange)!r}, which is no file of the checkpoint")
     for name, expected in checksums.items():
-        if Path(name).name != name:
-            raise ValueError(f"checksums.json names {name!r}, which is no file of the checkpoint")
         if checksum(path / name) != expected:
             raise ValueError(f"{name} does not have its checksum")
     saved = read_pickle(path / "training.pt")
-    found = saved.get("identity"), saved.get("state", {}).get("step")
+    state = saved.get("state")
+    found = saved.get("identity"), state.get("step") if isinstance(state, dict) else None
     if found != (identity, step):
         raise ValueError(f"it is step {found[1]} of run {found[0]}, not step {step} of {identity}")
 
@@ -677,10 +683,10 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     """Returns the lines of log.jsonl; those that a crash damaged are left out."""
     path, lines = out / "log.jsonl", []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n")[:-1]:
-        with contextlib.suppress(ValueError):
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def append_line(path: Path, line: str) -> None:
@@ -704,15 +710,18 @@ def plot_log(out: Path, title: str, ylabel: str) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     label = {"ha": "right", "fontsize": 9, "textcoords": "offset points"}
-    # A loss that is not finite stands in the log as null.
-    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    held = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+
+    def curve(name: str) -> list[tuple[int, float]]:
+        """Returns its values by step; one that was not finite stands in the log as null."""
+        return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+
+    train, held = curve("loss"), curve("eval_loss")
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
     if held:
         axes.plot(*zip(*held, strict=True), color="#08519c", marker="o", markersize=4, label="held-out")
-    if unigrams := [line["unigram_perplexity"] for line in lines if "unigram_perplexity" in line]:
-        unigram = math.log(unigrams[0])
+    if (unigrams := curve("unigram_perplexity")) and unigrams[0][1] > 0:
+        unigram = math.log(unigrams[0][1])
         axes.axhline(unigram, color="#d94801", linestyle="--", linewidth=1)
         axes.annotate("unigram baseline", (lines[-1]["step"], unigram), (0, 3), color="#d94801", **label)
         if held:
@@ -871,7 +880,11 @@ class Run:
         if newest >= 0:
             self._restore(self.out / f"checkpoint-{newest}")
         if self.setup.rank == 0:  # lines written after that checkpoint will be written again
-            lines = [json.dumps(line) + "\n" for line in read_log(self.out) if line["step"] <= self.step]
+            log = read_log(self.out)
+            logged = max((line["step"] for line in log), default=0)
+            if logged < self.step - self.config.log_interval:
+                say(f"warning: {self.out / 'log.jsonl'} lacks lines up to step {self.step}, which are lost")
+            lines = [json.dumps(line) + "\n" for line in log if line["step"] <= self.step]
             write_atomically(self.out / "log.jsonl", "".join(lines).encode())
         # `model` stays what is saved and evaluated; `wrapped` is what the training step calls.
         if self.setup.world_size > 1:
@@ -1091,7 +1104,12 @@ def claim_directory(out: Path, described: dict[str, dict], free_to_change: set[s
     """
     described = json.loads(json.dumps(described))  # as it will be read back
     path = out / "run.json"
-    before = read_json(path) if path.exists() else {}
+    try:
+        before = read_json(path) if path.exists() else {}
+        if not all(isinstance(before.get(part, {}), dict) for part in described):
+            raise ValueError(f"{path}: damaged")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete run.json, and the same command writes it anew") from None
     fixed = described | {"flags": {name: value for name, value in described.get("flags", {}).items()
                                    if name not in free_to_change}}
     if before:
@@ -1236,8 +1254,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             return run.finish(run.loop(config.eval_interval))
         say(f"{config.out} is finished at step {run.step}. To lengthen it: --max-steps {2 * run.step}, with "
             f"the schedule of the longer run. To start another: another --out, or delete it.", setup.rank)
-        if (path := run.out / "results.json").exists() and (results := read_json(path))["steps"] == run.step:
-            return results
+        with contextlib.suppress(ValueError, FileNotFoundError):  # a damaged one can be made again
+            if (results := read_json(run.out / "results.json")).get("steps") == run.step:
+                return results
         if setup.rank == 0:
             run.plot()
         return run.finish(run.measure())
@@ -1258,6 +1277,8 @@ def check_values(config: RunConfig) -> None:
 def at_least(config: RunConfig, name: str, least: int) -> None:
     if (value := getattr(config, name)) is not None and value < least:
         raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if value is not None and value >= 2**53:  # up to here numbers are exact in JSON, too
+        raise ValueError(f"--{name.replace('_', '-')} is beyond 2^53")
 
 
 def in_range(config: RunConfig, name: str, low: float, high: float) -> None:
@@ -1311,7 +1332,7 @@ def clean_end(unfit: int = 1) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         fail(f"error: {str(error).splitlines()[0][:100]}; try a smaller --micro-batch-size: it changes the "
              "result by no more than rounding and dropout's noise")
     except (ValueError, OSError) as error:
@@ -1319,6 +1340,8 @@ def clean_end(unfit: int = 1) -> Iterator[None]:
     except FloatingPointError as error:
         fail(f"error: {error}")
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # what torch says on a CPU
+            fail("error: out of memory; try a smaller --micro-batch-size, or a smaller model")
         fail(lost_rank(error))
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from here", 128 + signal.SIGINT)

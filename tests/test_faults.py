@@ -526,6 +526,118 @@ def test_a_disk_that_does_not_answer_says_nothing_of_a_checkpoint(straight, prep
         assert without_flags(out) == before
 
 
+def test_a_directory_of_harmful_links_and_pipes_harms_nothing(straight, prepared, tmp_path):
+    out, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(straight, out, symlinks=True)
+    mine.write_text("precious")
+    (out / ".lock").symlink_to(mine)
+    with pytest.raises(OSError, match="symbolic link"):
+        train.train(config(prepared, out))
+    (out / ".lock").unlink()
+    os.mkfifo(out / ".lock")
+    (out / "checkpoint-12" / "training.pt").unlink()
+    os.mkfifo(out / "checkpoint-12" / "training.pt")  # to read from it would never end
+    (out / "checkpoint-²").mkdir()
+    train.train(config(prepared, out))
+    assert same_result(straight, out) and mine.read_text() == "precious"
+
+
+def test_a_checkpoint_that_is_a_link_is_used_and_only_the_link_removed(
+    straight, prepared, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        with pytest.raises(SystemExit):
+            train.train(config(prepared, out))
+    shutil.move(out / "checkpoint-6", tmp_path / "elsewhere")
+    (out / "checkpoint-6").symlink_to(tmp_path / "elsewhere")
+    train.train(config(prepared, out, keep=1))
+    assert [step for step, _ in train.checkpoints(out)] == [12]
+    assert losses(straight) == losses(out) and (tmp_path / "elsewhere" / "training.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": null}', '{"step": "x"}', 100_000 * "[", '{"step": 3, "unigram_perplexity": 0, "loss": "x"}'],
+)
+def test_odd_lines_in_a_log_stop_nothing(straight, prepared, tmp_path, line):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out, symlinks=True)
+    shutil.rmtree(out / "checkpoint-12")
+    (out / "log.jsonl").write_text(line + "\n" + (out / "log.jsonl").read_text())
+    train.train(config(prepared, out))
+    assert losses(straight) == [entry for entry in losses(out) if entry.get("loss") != "x"]
+    assert same_weights(straight, out)
+
+
+def test_a_log_that_was_cut_is_told_of(straight, prepared, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out, symlinks=True)
+    (out / "log.jsonl").unlink()
+    train.train(config(prepared, out))
+    assert "log.jsonl lacks lines up to step 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"steps": 12, "eval', '{"steps": 6}'])
+def test_results_that_are_damaged_or_of_another_step_are_made_again(straight, prepared, tmp_path, content):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out, symlinks=True)
+    (out / "results.json").write_text(content)
+    assert train.train(config(prepared, out))["steps"] == 12
+    assert same_result(straight, out)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"flags": null}', '{"flags": []}'])
+def test_a_damaged_run_json_has_a_way_out(straight, prepared, tmp_path, content):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out, symlinks=True)
+    (out / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="run.json: damaged.*; delete run.json, and the same command"):
+        train.train(config(prepared, out))
+    (out / "run.json").unlink()
+    train.train(config(prepared, out))
+    assert same_result(straight, out)
+
+
+def test_a_prepared_directory_without_manifest_is_not_taken_for_text(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="data: no manifest.json; make one with"):
+        train.train(config(tmp_path / "data", tmp_path / "run"))
+
+
+def test_text_that_can_not_be_read_is_not_passed_over(tmp_path, monkeypatch, capsys):
+    corpus = write_corpus(tmp_path / "corpus")
+    (corpus / "b.txt").symlink_to(tmp_path / "nowhere")
+    assert "b.txt: no file" in ends(data.main, arguments_of(corpus, tmp_path / "out"), 1, capsys)
+    (corpus / "b.txt").unlink()
+    (corpus / "c.txt").mkdir()  # a directory's name decides nothing
+    assert data.find_parts([corpus])
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("c.txt"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert "Permission denied: '" in ends(data.main, arguments_of(corpus, tmp_path / "out"), 1, capsys)
+
+
+def test_a_copy_with_a_directory_in_the_links_place_goes_on(straight, prepared, tmp_path, monkeypatch):
+    """As `cp -rL`, `scp -r` and many a cloud's tools copy it."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8)
+        with pytest.raises(SystemExit):
+            train.train(config(prepared, tmp_path / "original"))
+    shutil.copytree(tmp_path / "original", out)
+    assert not (out / "checkpoint").is_symlink()
+    train.train(config(prepared, out))
+    assert (out / "checkpoint").is_symlink() and same_result(straight, out)
+
+
 def test_only_what_a_run_left_itself_is_cleared_away(straight, prepared, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(straight, out, symlinks=True)

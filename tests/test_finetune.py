@@ -904,6 +904,12 @@ def test_a_finished_run_keeps_its_best_model_only_and_is_not_repeated(tmp_path, 
     start("sst-2", tmp_path, model, out, keep=3)
     assert "is finished" in capsys.readouterr().out
     assert (out / "results.json").stat().st_mtime_ns == before
+    whole = (out / "results.json").read_text()
+    for damaged in ("{}", whole[:40]):
+        (out / "results.json").write_text(damaged)
+        errors = ends(finetune.main, command("sst-2", tmp_path, model, out, keep=3), 2, capsys)
+        assert "results.json: damaged" in errors and f"delete {out}" in errors and errors.count("\n") == 1
+    (out / "results.json").write_text(whole)
     with pytest.raises(SystemExit):
         start("sst-2", tmp_path, model, out, peak_lr=1e-3)
     assert "holds a run with peak_lr 0.003, this one has 0.001" in capsys.readouterr().err
