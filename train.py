@@ -68,6 +68,7 @@ from data import (
     checksum,
     draw,
     flag,
+    garbage_collector_off,
     locked,
     permute,
     predictions_of,
@@ -704,6 +705,14 @@ def append_line(path: Path, line: str) -> None:
 
 def plot_log(out: Path, title: str, ylabel: str) -> None:
     """Draws loss.png from log.jsonl: training and held-out loss, the unigram baseline, if any, as a line."""
+    with garbage_collector_off():
+        content = _draw(out, title, ylabel)
+        # A figure is full of cycles: left to Python's own time, each held on to another 1.3 MB.
+        gc.collect(0)  # they are young, for with the collector off nothing has grown older
+    write_atomically(out / "loss.png", content)
+
+
+def _draw(out: Path, title: str, ylabel: str) -> bytes:
     from matplotlib.figure import Figure
 
     lines = read_log(out)
@@ -733,9 +742,7 @@ def plot_log(out: Path, title: str, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
     figure.savefig(content, dpi=120)
-    del figure, axes
-    gc.collect()  # a figure is full of cycles: left to Python's own time, each held on to another 1.3 MB
-    write_atomically(out / "loss.png", content.getvalue())
+    return content.getvalue()
 
 
 def clock(seconds: float) -> str:
@@ -754,7 +761,6 @@ def clock(seconds: float) -> str:
 # The run
 # ----------------------------------------------------------------------------------------------------------
 
-PLOT_SECONDS = 60  # between two drawings of loss.png, of half a second each
 MAX_SKIPPED = 20  # steps without finite gradients in a row: more of them will not mend what is wrong
 
 
@@ -839,7 +845,6 @@ class Run:
                       "window_counts": [0] * len(self.loss_names)}
         self.health = Health(setup.rank)
         self.grad_norm = self.epoch = 0.0
-        self.plotted_at = time.monotonic()
         self.wrapped: nn.Module = self.model
 
     def loss_sums(self, batch: Any) -> tuple[Tensor, ...]:
@@ -1040,8 +1045,8 @@ class Run:
         if self._improved():
             self.state |= {"best_score": self.state["score"], "best_step": self.step}
 
-    def save(self, last: bool = False) -> None:
-        """Writes a checkpoint of the current step, removes those no longer kept, draws if it is time to."""
+    def save(self) -> None:
+        """Writes a checkpoint of the current step, removes those no longer kept, draws the log."""
         started = time.monotonic()
         window, window_seconds = self._window(), started - self.window_started
         self.setup.mark(f"in the checkpoint of step {self.step}")
@@ -1056,9 +1061,7 @@ class Run:
             for step, path in checkpoints(self.out)[self.config.keep :]:
                 if step != self.state["best_step"]:
                     remove_checkpoint(path)
-            if last or started - self.plotted_at >= PLOT_SECONDS:
-                self.plot()
-                self.plotted_at = started
+            self.plot()
         self.setup.barrier("who has saved")  # nobody ends while rank 0 is still writing
         self._not_training(started)
 
@@ -1071,6 +1074,8 @@ class Run:
 
         A signal ends the process at the next step, on all ranks, with a checkpoint of it.
         """
+        if self.setup.rank == 0:
+            self.plot()  # what that takes of memory is taken from the start
         with stop_signals() as received:
             for step in prefetch(self.batches.step, range(self.step, self.max_steps)):
                 self.train_step(step)
@@ -1086,7 +1091,7 @@ class Run:
                 due = self.step % self.config.checkpoint_interval == 0 and learns
                 better = self.save_improvements and evaluated and self._improved()
                 if due or better or ends:
-                    self.save(last=ends)
+                    self.save()
                 if ends:
                     break
         self.setup.rest()
