@@ -7,6 +7,7 @@ Its children are forked from a process that has imported torch already, so that 
 seconds. It prints what it did as JSON; the tests compare what the program left with an uninterrupted run.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -51,14 +52,23 @@ def at_random(
 ) -> dict[str, int]:
     """Kills the work `kills` times, each after up to `longest` seconds; then lets it come to its end."""
     rng, counts = random.Random(seed), {"kills": 0, "inside_a_write": 0}
+
+    def half_written() -> set[tuple[Path, int]]:
+        found = set()
+        for path in out.rglob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # a worker of the one killed, in its last moment
+                found.add((path, path.stat().st_mtime_ns))
+        return found
+
     while counts["kills"] < kills:
+        before = half_written()
         process = start(lambda: work(counts["kills"]))
         time.sleep(rng.uniform(0, longest))
         os.kill(process, signal.SIGKILL)
         if not was_killed(process):
             break  # it was over before
         counts["kills"] += 1
-        counts["inside_a_write"] += any(out.rglob(".*.tmp"))
+        counts["inside_a_write"] += bool(half_written() - before)
     was_killed(start(lambda: work(0)))
     return counts
 
