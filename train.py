@@ -777,6 +777,7 @@ class Health:
         self.rank = rank
         self.state = {"steps": 0, "norm": 0.0, "lowest": math.inf, "lowest_step": 0, "above": 0, "said": []}
         self.rates: list[float] = []
+        self.is_slow = False  # not in the state: that is the same on a machine that others use, too
 
     def say_once(self, what: str, message: str) -> None:
         if what not in self.state["said"]:
@@ -809,9 +810,10 @@ class Health:
         """Compares the tokens a second of the last two log lines with what they were at first."""
         self.rates.append(rate)
         usual = statistics.median(self.rates[1:6]) if len(self.rates) > 7 else 0.0  # the first has warming up
-        if max(self.rates[-2:]) < usual / 2:
-            self.say_once("rate", f"at step {step} training goes at {rate:,.0f} tokens a second, at first it "
-                          f"was {usual:,.0f}: do other programs run, is the machine hot or failing?")
+        if max(self.rates[-2:]) < usual / 2 and not self.is_slow:
+            self.is_slow = True
+            say(f"warning (said once): at step {step} training goes at {rate:,.0f} tokens a second, at first "
+                f"it was {usual:,.0f}: do other programs run, is the machine hot or failing?", self.rank)
 
 
 class Run:
