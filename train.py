@@ -114,7 +114,7 @@ class RunConfig:
     log_interval: int = flag(100, "steps between log lines")
     checkpoint_interval: int = flag(2000, "steps between checkpoints")
     keep: int = flag(2, "newest checkpoints kept, beside the best one")
-    timeout: float = flag(600.0, "seconds in which a rank that stands still ends the run")
+    timeout: float = flag(600.0, "seconds after which a rank that stands still ends the run")
 
 
 @dataclass(frozen=True)
