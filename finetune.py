@@ -1,205 +1,990 @@
 """Fine-tuning: a pretrained RoBERTa put through GLUE, SQuAD and RACE (§5), by the paper's protocol.
 
     python finetune.py --task cola --data glue --model runs/tiny --out runs/cola
-    python finetune.py --task all --data data --model runs/mine --sweep --out runs/downstream
-    python finetune.py --task rte --data glue --model runs/downstream/mnli/batch32-lr2e-05-seed0 --predict
+    python finetune.py --task mnli --data glue --model runs/mine --sweep --out runs/mnli
+    python finetune.py --task rte --data glue --model runs/mnli/batch32-lr2e-05-seed0 --predict
     python finetune.py --task cola --data glue --ensemble runs/a runs/b runs/c --predict --out runs/ensemble
+    python finetune.py --task cola --data glue --model runs/cola --eval-only --out runs/again
     torchrun --nproc-per-node 8 finetune.py ...
 
-Every task is examples -> inputs -> scores -> predictions -> metrics. The file reads in this order: config and
-tasks, reading the published files, inputs and batches, metrics, heads (what a kind of task does with the
-encoder), one run, and the commands that make several: sweep, all tasks, ensemble. How a step, a checkpoint
-and exact resuming work is train.py's `Run`.
+Pretraining leaves an encoder that turns every token into a vector which depends on the token's context. A
+task adds one or two small layers that turn such vectors into scores, and then takes a few passes over its
+own examples. All weights are trained, the encoder's too, but at a rate so low that they move only a little.
+What differs between the tasks is how a text becomes tokens and how scores become an answer. The path is the
+same for all of them:
 
-Legend: S inputs of a micro-batch (a text, a pair, a window of a passage, one candidate answer), T tokens,
-G groups (inputs that are judged together: the four candidates of a question; elsewhere each input is one).
+    example --inputs--> item --model--> scores --probabilities--> (mean of an ensemble) --decide--> prediction
+
+The third command above starts RTE from a model fine-tuned on MNLI, whose encoder it takes, as the paper does
+for its test results on RTE, STS-B and MRPC (§5.1). DIFFERS: for the test sets of QNLI and WNLI the paper
+ranks candidates against each other (§5.1). That trick is not implemented, since the published files hold no
+candidates: here both are classified like every other task.
+
+Part I follows the path. Part II reads the published files, and has the commands that run one setting several
+times. What Part I uses of it: a `TaskBatch` is what one forward pass reads, items padded to one length.
+`TaskBatches.step` gives the micro-batches of a step. `measure` walks the whole path for the dev set, and
+gives loss and metrics. `build_model` puts a head's layers on the pretrained encoder. `first_answer` gives the
+tokens of the first gold answer that stands where the file says (by `tokens_of_answer`), None if there is
+none. `Head`, in signatures, is one of the three classes below.
+
+From train.py Part I takes what pretraining is made of. `begin` makes the optimiser and all else that a step
+changes. `resume` takes over the newest checkpoint, if there is one. `accumulate` adds up a step's gradients.
+`update` applies them. `log` writes a line about the last steps. `save` writes a checkpoint.
+
+`DIFFERS:` tags a departure from the paper, `CHOICE:` what it leaves open. Legend: B items of a micro-batch,
+N candidates (RACE: 4), T tokens, L labels; in code, F is torch.nn.functional.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import io
 import json
 import math
 import re
 import statistics
 import string
-import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import (
-    BOS,
-    EOS,
-    PAD,
-    Tokenizer,
-    add_flags,
-    checksum,
-    flag,
-    locked,
-    permute,
-    read_json,
-    say,
-    write_atomically,
-)
-from roberta import (
-    RobertaConfig,
-    RobertaForMultipleChoice,
-    RobertaForQuestionAnswering,
-    RobertaForSequenceClassification,
-    RobertaModel,
-    RobertaModelBase,
-    check_tokenizer,
-    evaluating,
-    find_model,
-    read_config,
-    read_model,
-    weight_files,
-)
-from train import (
-    Run,
-    RunConfig,
-    Setup,
-    at_least,
-    check_values,
-    checkpoints,
-    claim_directory,
-    clean_end,
-    in_range,
-    micro_batch_size,
-    plot_log,
-    point_to,
-    ranks_of_environment,
-    remove_checkpoint,
-    set_up,
-    to_tensor,
-)
+import data
+import roberta
+import train
+from data import Tokenizer, flag, join, say
+from train import Ranks, RunConfig, Training, recipe, to_tensor
 
 # ----------------------------------------------------------------------------------------------------------
-# Config
+# Part I: what the paper says
 # ----------------------------------------------------------------------------------------------------------
 
-TaskName = Literal[
-    "cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli", "squad1", "squad2", "race", "all"
-]
+# ----------------------------------------------------------------------------------------------------------
+# Table 10: the settings
+# ----------------------------------------------------------------------------------------------------------
 
 
+# Each field is a flag of the command line, too: `flag` takes its default, meaning, source and range. `recipe`
+# does the same and lists it in --help with the training recipe. may_change: the command that resumes a run
+# may give another value.
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """What one command is asked to do. The defaults are GLUE's; `table_10` has the other tasks'.
 
+    Rates are some thirty times lower than in pretraining; the schedule's shape is the same, up, then down.
     CHOICE: of Table 10's sets for GLUE, {16, 32} and {1e-5, 2e-5, 3e-5}, a single run takes 32 and the middle
     rate. CHOICE: the model of the best epoch is kept, for SQuAD and RACE as well, and three epochs without a
-    better one end a run. The lengths in a SQuAD input are those of BERT's code.
+    better one end a run. The lengths in a SQuAD input are those of BERT's code. A seq_len that is not given
+    is filled in by `finetune`, as soon as it knows the model.
     """
 
-    task: TaskName = flag("all", "a task, or all that --data holds")
-    data: str | None = flag(None, "folder of the tasks (glue/, squad/, RACE/), or the task's own")
-    model: str | None = flag(None, "pretrained model or fine-tuned run to start from")
-    out: str | None = flag(None, "run directory; none: runs/TASK, or runs/TASK-ensemble")
-    batch_size: int = flag(32, "examples (SQuAD: windows; --ranking: groups) a step, all ranks", "Table 10")
-    micro_batch_size: int | None = flag(None, "examples a forward pass; none: up to 32 that divide")
-    peak_lr: float = flag(2e-5, "learning rate after warm-up", "Table 10")
-    weight_decay: float = flag(0.1, "decoupled weight decay of the matrices", "Table 10")
-    epochs: int = flag(10, "passes over the training examples, at most", "Table 10")
-    warmup_ratio: float = flag(0.06, "share of the steps that warm up", "Table 10")
-    patience: int = flag(3, "epochs without a better dev metric that end a run; 0: never", "§5.1")
-    keep: int = flag(1, "newest checkpoints kept during a run, beside the best one")
-    seq_len: int | None = flag(None, "tokens an input at most; none: what the model takes, up to 512")
-    doc_stride: int = flag(128, "tokens between the beginnings of a passage's windows")
-    max_question_tokens: int = flag(64, "tokens of a question at most (SQuAD)")
-    max_answer_tokens: int = flag(30, "tokens of a predicted answer at most (SQuAD)")
+    task: TaskName | None = flag(None, "what is to be learned")
+    data: str | None = flag(None, "folder of the tasks (glue/, squad/, RACE/) or of this", may_change=True)
+    model: str | None = flag(None, "pretrained model or fine-tuned run to start from", may_change=True)
+    out: str | None = flag(None, "run directory; none: runs/TASK, or runs/TASK-ensemble", may_change=True)
+    predict: bool = flag(False, "write predictions for the test set, or else for dev", may_change=True)
     scratch: bool = flag(False, "start from random weights of the model's shape: the baseline")
-    ranking: bool = flag(False, "QNLI, WNLI: rank candidates, as for the paper's test set", "§5.1")
-    sweep: bool = flag(False, "run every batch size with every learning rate and report the best", "§5.1")
-    sweep_batch_sizes: tuple[int, ...] = flag((16, 32), "batch sizes of --sweep", "Table 10")
-    sweep_lrs: tuple[float, ...] = flag((1e-5, 2e-5, 3e-5), "learning rates of --sweep", "Table 10")
-    seeds: int | None = flag(None, "runs of each setting; none: 5 with --sweep, else 1", "§5.1")
-    ensemble: tuple[str, ...] = flag((), "finished runs to average instead of training", "§5.1")
-    predict: bool = flag(False, "write test predictions (no test set: dev) of the run, of several the best")
+    eval_only: bool = flag(False, "evaluate --model, which has the task's head, instead of training")
     skip_bad_rows: bool = flag(False, "leave malformed rows out, and count them, instead of stopping")
-
-
-# What may differ between two starts of one run: see train.py. The rest is what its result depends on.
-FREE_TO_CHANGE = {
-    "out", "data", "model", "micro_batch_size", "log_interval", "checkpoint_interval", "keep", "timeout",
-    "sweep", "sweep_batch_sizes", "sweep_lrs", "seeds", "ensemble", "predict",
-}
+    ensemble: tuple[str, ...] = flag((), "finished runs to average instead of training", "§5.1")
+    sweep: bool = flag(False, "run each batch size with each rate and report the best", may_change=True)
+    sweep_batch_sizes: tuple[int, ...] = flag((16, 32), "that --sweep tries", low=1, may_change=True)
+    sweep_lrs: tuple[float, ...] = flag((1e-5, 2e-5, 3e-5), "that --sweep tries", low=1e-12, may_change=True)
+    seeds: int | None = flag(None, "runs per setting; none: 5 with --sweep, else 1", low=1, may_change=True)
+    batch_size: int = recipe(32, "examples (SQuAD: windows) a step", "Table 10", low=1)
+    peak_lr: float = recipe(2e-5, "learning rate after warm-up", "Table 10", low=1e-12, high=1e3)
+    weight_decay: float = recipe(0.1, "decoupled decay of every parameter", "Table 10", low=0)
+    epochs: int = recipe(10, "passes over the training examples, at most", "Table 10", low=1)
+    warmup_ratio: float = recipe(0.06, "share of steps that warm up", "Table 10", low=0, high=1)
+    patience: int = recipe(3, "epochs without gain that end a run; 0: never", "§5.1", low=0)
+    seq_len: int | None = flag(None, "tokens an input at most; none: the model's most, up to 512", low=16)
+    doc_stride: int = flag(128, "tokens from one window to the next, at most half a window (SQuAD)", low=1)
+    max_question_tokens: int = flag(64, "tokens of a question at most (SQuAD)", low=1)
+    max_answer_tokens: int = flag(30, "tokens of a predicted answer at most (SQuAD)", low=1)
 
 
 def table_10(task: str) -> dict[str, Any]:
-    """Returns the settings in which a task differs from GLUE's."""
+    """The settings in which a task differs from GLUE's.
+
+    RACE and SQuAD have long texts, and many of them. So much is learned in one pass that fewer passes are
+    enough.
+
+    >>> table_10("rte"), table_10("race")["peak_lr"]
+    ({}, 1e-05)
+    """
     if task == "race":
         settings = {"batch_size": 16, "peak_lr": 1e-5, "epochs": 4}
     elif task.startswith("squad"):
         settings = {"batch_size": 48, "peak_lr": 1.5e-5, "epochs": 2, "weight_decay": 0.01}
     else:
         return {}
-    # There is one setting to sweep over: only the seeds differ.
+    # For these the paper names one setting, so in a sweep nothing differs but the seeds.
     return settings | {"sweep_batch_sizes": (settings["batch_size"],), "sweep_lrs": (settings["peak_lr"],)}
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Tasks
+# The tasks beside the paper's figures
 # ----------------------------------------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
-    """A task as its publishers ship it. The first metric decides which of two models is better."""
+    """A task as its publishers ship it, and what the paper reached on it.
 
+    texts and label are columns of a table; SQuAD and RACE come as JSON and have none. labels: as the files
+    spell them; none where the answer is not one of a list, but a number (STS-B) or a span of text (SQuAD).
+    paper: for each metric the paper's figures on the dev set, in per cent, of BASE and of LARGE; the first
+    metric decides which of two models is better. parts: the metrics that are taken on a part of the split
+    only, and which.
+    """
+
+    name: str
     folder: str
-    paper: dict[str, tuple[float | None, float | None]]  # metric -> the paper's figures, dev: BASE, LARGE
-    texts: tuple[str, ...] = ("sentence1", "sentence2")  # columns
-    label: str = "label"  # column
-    labels: tuple[str, ...] = ("0", "1")  # as the files spell them; none: a number is asked for
+    texts: tuple[str, ...]  # columns with a sentence, or with a pair
+    label: str  # column
+    labels: tuple[str, ...]
+    paper: dict[str, tuple[float | None, float | None]]
+    parts: dict[str, str] = {}
+
+    @property
+    def metric(self) -> str:
+        # The first one: a dict keeps the order in which it was written.
+        return next(iter(self.paper))
 
 
-TASKS = {
-    "cola": Task("CoLA", {"matthews_correlation": (63.6, 68.0)}, ("sentence",)),
-    "sst-2": Task("SST-2", {"accuracy": (94.8, 96.4)}, ("sentence",)),
-    "mrpc": Task("MRPC", {"accuracy": (90.2, 90.9), "f1": (None, None)}, ("#1 String", "#2 String"),
-                 "Quality"),
-    "sts-b": Task("STS-B", {"pearson": (91.2, 92.4), "spearman": (None, None)}, label="score", labels=()),
-    "qqp": Task("QQP", {"accuracy": (91.9, 92.2), "f1": (None, None)}, ("question1", "question2"),
-                "is_duplicate"),
-    "mnli": Task("MNLI", {"accuracy": (87.6, 90.2), "accuracy_mismatched": (None, 90.2)}, label="gold_label",
-                 labels=("contradiction", "neutral", "entailment")),
-    "qnli": Task("QNLI", {"accuracy": (92.8, 94.7)}, ("question", "sentence"),
-                 labels=("entailment", "not_entailment")),
-    "rte": Task("RTE", {"accuracy": (78.7, 86.6)}, labels=("entailment", "not_entailment")),
-    "wnli": Task("WNLI", {"accuracy": (None, 91.3)}),
-    "squad1": Task("squad", {"f1": (None, 94.6), "exact_match": (None, 88.9)}),
-    "squad2": Task("squad", {"f1": (None, 89.4), "exact": (None, 86.5)}),
-    # The paper's figures are for the test set.
-    "race": Task("RACE", {"accuracy": (None, 83.2), "accuracy_middle": (None, 86.5),
-                          "accuracy_high": (None, 81.3)}, labels=("A", "B", "C", "D")),
-}
+PAIR = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+TASKS = {task.name: task for task in (
+    # Is it good English? Is the review positive?
+    Task("cola", "CoLA", ("sentence",), "label", ("0", "1"), {"matthews_correlation": (63.6, 68.0)}),
+    Task("sst-2", "SST-2", ("sentence",), "label", ("0", "1"), {"accuracy": (94.8, 96.4)}),
+    # Do two sentences (two questions) mean the same? How much, from 0 to 5?
+    Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"),
+         {"accuracy": (90.2, 90.9), "f1": (None, None)}),
+    Task("qqp", "QQP", ("question1", "question2"), "is_duplicate", ("0", "1"),
+         {"accuracy": (91.9, 92.2), "f1": (None, None)}),
+    Task("sts-b", "STS-B", PAIR, "score", (), {"pearson": (91.2, 92.4), "spearman": (None, None)}),
+    # Does the first text imply the second (QNLI: does the sentence answer the question)?
+    Task("mnli", "MNLI", PAIR, "gold_label", ("contradiction", "neutral", "entailment"),
+         {"accuracy": (87.6, 90.2), "accuracy_mismatched": (None, 90.2)},
+         {"accuracy": "matched", "accuracy_mismatched": "mismatched"}),
+    Task("qnli", "QNLI", ("question", "sentence"), "label", ENTAILMENT, {"accuracy": (92.8, 94.7)}),
+    Task("rte", "RTE", PAIR, "label", ENTAILMENT, {"accuracy": (78.7, 86.6)}),
+    Task("wnli", "WNLI", PAIR, "label", ("0", "1"), {"accuracy": (None, 91.3)}),
+    # Where in the passage is the answer? In v2.0: is it there at all?
+    Task("squad1", "squad", (), "", (), {"f1": (None, 94.6), "exact_match": (None, 88.9)}),
+    Task("squad2", "squad", (), "", (), {"f1": (None, 89.4), "exact": (None, 86.5)}),
+    # Which of four answers is right? These figures of the paper's are for the test set.
+    Task("race", "RACE", (), "", ("A", "B", "C", "D"),
+         {"accuracy": (None, 83.2), "accuracy_middle": (None, 86.5), "accuracy_high": (None, 81.3)},
+         {"accuracy_middle": "middle", "accuracy_high": "high"}),
+)}
+TaskName = Literal[tuple(TASKS)]  # "cola", "sst-2", ...: the type from which --task has its choices
 
 
 class Example(NamedTuple):
-    """One thing to judge, as it was published.
+    """One question to the model, as it was published.
 
+    part: the part of the split, in MNLI matched or mismatched, in RACE middle or high; else "".
     texts: a sentence or a pair; SQuAD: question, passage; RACE: passage, question, four answers.
-    label: index among the task's labels, or a value; SQuAD: (first character, text) of each gold answer.
-    None where it is withheld.
+    label: the index of the right label, or a number. SQuAD: a (first character, text) for each gold answer,
+    and () for a question of v2.0 that has none. Where the label is withheld, as in a test set, it is None.
     """
 
     id: str
-    part: str  # of the split: MNLI's matched and mismatched, RACE's middle and high; else ""
+    part: str
     texts: tuple[str, ...]
     label: Any
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Inputs: <s> A </s></s> B </s>
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """What the model scores at once, and what counts once in the loss.
+
+    It is a text or a pair, a question with its four candidates (RACE), or one window of a passage (SQuAD).
+    target: label or number. SQuAD: the answer's first and last token in the sequence, both included, and 1;
+    0, 0, 0 where the window does not hold the answer. Where labels are withheld it means nothing.
+    begin (SQuAD): the position in the sequence of the window's first token.
+    offsets (SQuAD): each token's range of characters in the passage, (tokens of the window, 2).
+    """
+
+    sequences: list[np.ndarray]  # token ids, `<s>` and `</s>` included; RACE has four, the others one
+    example: int  # the index of its example: SQuAD's windows share one
+    target: Any
+    begin: int = 0
+    offsets: np.ndarray | None = None
+
+
+def cut_longer(first: np.ndarray, second: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two texts that together have no more than `room` tokens.
+
+    The longer one loses its last token until both fit: a short question is kept whole beside a long passage.
+
+    >>> [text.tolist() for text in cut_longer(np.arange(3), np.arange(20), room=8)]
+    [[0, 1, 2], [0, 1, 2, 3, 4]]
+    """
+    # Token by token, so that two long texts end up equally long.
+    while len(first) + len(second) > room:
+        if len(first) > len(second):
+            first = first[:-1]
+        else:
+            second = second[:-1]
+    return first, second
+
+
+def fill_blank(question: str, answer: str) -> str:
+    """A RACE question with one of its answers: in the place of its blank, or behind it where it has none.
+
+    >>> fill_blank("Tom is _ .", "tired"), fill_blank("Why?", "It rained.")
+    ('Tom is tired .', 'Why? It rained.')
+    """
+    # About half of the questions have a blank, some written as several underscores. Of two blanks each gets
+    # the whole answer.
+    pieces = re.split("_+", question)
+    filled = answer.join(pieces) if len(pieces) > 1 else f"{question} {answer}"
+    return " ".join(filled.split())
+
+
+def windows(length: int, room: int, stride: int) -> list[tuple[int, int]]:
+    """The parts in which a passage of `length` tokens is read where an input has `room` for fewer.
+
+    Each part, (begin, end) without the end, makes one input. They overlap by `room - stride` tokens: an
+    answer no longer than that is whole in at least one of them, even if another cuts it in two. A longer
+    answer may be whole in none; then every window is taught that it holds no answer.
+
+    >>> windows(length=10, room=6, stride=3)
+    [(0, 6), (3, 9), (6, 10)]
+    """
+    # The last window ends with the passage; it may be shorter than the others.
+    parts = [(0, min(room, length))]
+    while parts[-1][1] < length:
+        begin = parts[-1][0] + stride
+        parts.append((begin, min(begin + room, length)))
+    return parts
+
+
+def tokens_of_answer(offsets: np.ndarray, begin: int, end: int) -> tuple[int, int]:
+    """The first and the last token that overlap a passage's characters begin to end (exclusive).
+
+    SQuAD's answers are given in characters, the model's in tokens. "Rome" in "Ann is in Rome":
+
+    >>> tokens_of_answer(np.array([[0, 3], [3, 6], [6, 9], [9, 14]]), 10, 14)  # "Ann", " is", " in", " Rome"
+    (3, 3)
+    """
+    # An answer may begin or end inside a token. Then the tokens hold a little more than the answer.
+    touched = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end))
+    return int(touched[0]), int(touched[-1])
+
+
+def answer_text(passage: str, offsets: np.ndarray, first: int, last: int) -> str:
+    """The way back: the passage's text from the first to the last token, both included."""
+    # A word's token includes the space before the word, which is no part of an answer.
+    return passage[offsets[first, 0] : offsets[last, 1]].strip()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Three kinds of tasks: inputs, loss, probabilities, decide
+# ----------------------------------------------------------------------------------------------------------
+
+# The layers that a task adds to the encoder are in roberta.py, in the class that each of these names as its
+# `model_class`. What stands here is no network, but all that happens before it and after it, in four methods:
+#     inputs           examples -> items
+#     loss             the model's scores for a batch, and the batch's targets -> the sum of its items' losses
+#     probabilities    the model's scores for a batch -> what an ensemble averages, a row for each item
+#     decide           the probabilities of all items -> a prediction for each example
+# Scores are a tensor, (B, L) or (B, N). SQuAD's are a tuple: of beginning and end, (B, T) each; in v2.0 also
+# of whether there is an answer, (B,).
+
+
+class Classification:
+    """A label for a text or a pair (§5.1), read off the vector h of `<s>`, which has seen all tokens.
+
+        P(label | text) = softmax(W2 tanh(W1 h))        loss = -ln P(right label)
+
+    W1 and W2 are the weights of `dense` and `out_proj` in roberta.py, whose biases are left out here.
+    Scores 2 and 0 give the probabilities e² / (e² + 1) = 0.88 and 0.12: the loss is 0.13 where the first
+    label is right and 2.13 where the second is.
+
+    STS-B asks for a number, so there is one score and the loss is its squared distance from the number.
+    CHOICE: the number is learned as it stands in the file, from 0 to 5.
+    """
+
+    model_class = roberta.RobertaForSequenceClassification
+
+    def __init__(self, task: Task, config: FinetuneConfig):
+        self.task, self.config = task, config
+
+    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Item]:
+        items, seq_len = [], self.config.seq_len
+        for number, example in enumerate(examples):
+            texts = [tokenizer.encode_to_numpy(text) for text in example.texts]
+            # `join` makes <s> A </s> of a text, which adds two tokens, and <s> A </s></s> B </s> of a pair,
+            # which adds four. What is too long is cut: unlike in SQuAD, the beginning mostly tells enough.
+            if len(texts) == 1:
+                texts = [texts[0][: seq_len - 2]]
+            else:
+                texts = cut_longer(*texts, seq_len - 4)
+            # A test set's label is None. The batch needs a number in its place.
+            items.append(Item([join(*texts)], number, example.label or 0))
+        return items
+
+    def loss(self, scores: Tensor, batch: TaskBatch) -> Tensor:
+        # A sum: later it is divided by the number of items of the step, over all ranks and micro-batches.
+        targets = to_tensor(batch.targets, scores.device)
+        if self.task.labels:
+            return F.cross_entropy(scores.float(), targets, reduction="sum")
+        # STS-B: of a pair valued 4.5 a score of 4.0 costs 0.25.
+        return F.mse_loss(scores[:, 0].float(), targets.float(), reduction="sum")
+
+    def probabilities(self, scores: Tensor, batch: TaskBatch) -> Tensor:
+        # An ensemble averages these (§5.1); for STS-B, the numbers.
+        return scores.float().softmax(-1) if self.task.labels else scores.float()  # (B, L)
+
+    def decide(self, probabilities: np.ndarray, items: list[Item], examples: Sequence[Example]) -> list:
+        # One item is one example here, in the same order.
+        return (probabilities.argmax(1) if self.task.labels else probabilities[:, 0]).tolist()
+
+
+class MultipleChoice(Classification):
+    """The right one of four candidate answers (§5.3, RACE).
+
+    Each candidate is read in a sequence of its own, <s> question and answer </s></s> passage </s>, and its
+    vector of `<s>` becomes one score. The four scores compete:
+
+        P(candidate i) = exp(score i) / (sum over the four of exp(score j))        loss = -ln P(right one)
+
+    With four equal scores each has 1/4, and the loss is ln 4 = 1.39: that of a model which knows nothing.
+    Only the inputs differ from a classification's. From there on the four candidates' scores, (B, N), are
+    treated like the scores of L labels.
+    CHOICE: question and answer come first, then the passage; a question's blank is filled in.
+    """
+
+    model_class = roberta.RobertaForMultipleChoice
+
+    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Item]:
+        items, seq_len = [], self.config.seq_len
+        encode = functools.lru_cache(64)(tokenizer.encode_to_numpy)  # a passage has several questions
+        for number, example in enumerate(examples):
+            # Four sequences that differ in a few words at the front. What makes one of them right is in the
+            # passage, which all of them contain: attention has to find it.
+            passage, question, *answers = example.texts
+            sequences = []
+            for answer in answers:
+                # §5.3: question and answer are cut to 128 tokens, then the passage to what is left of 512.
+                first = encode(fill_blank(question, answer))[: min(128, seq_len - 4)]
+                second = encode(passage.strip())[: seq_len - 4 - len(first)]
+                sequences.append(join(first, second))
+            items.append(Item(sequences, number, example.label or 0))
+        return items
+
+
+class Answer(NamedTuple):
+    """The answer given to a SQuAD question, with what is needed to try other thresholds than one half."""
+
+    text: str  # "" where the question is classed unanswerable
+    span: str  # the best span, even where `text` is ""
+    no_answer: float  # the probability that the passage does not answer it
+
+
+class Spans:
+    """Where in the passage the answer is (§5.2); in v2.0 also whether there is one.
+
+    Two vectors s and e are learned, the two rows of `qa_outputs` in roberta.py. With h_t the vector of the
+    token at position t,
+
+        P(begins at t) = softmax over t of (s · h_t)        P(ends at t) = softmax over t of (e · h_t)
+        loss = -(ln P(begins at first) + ln P(ends at last)) / 2
+
+    CHOICE: t runs over the window's passage tokens and `<s>`. A window without the answer is taught to give
+    all its probability to `<s>`, so the spans it offers are weak, and windows of one passage can be compared.
+    CHOICE: the paper does not say how the two parts are weighed; here they are averaged, as in BERT's code.
+
+    v2.0 (§3): a classifier on the vector of `<s>` says whether the window answers the question. Both are
+    trained jointly, their losses are summed. The decision over all windows of a question:
+
+        window   answerable   its best span   begins · ends
+        1        0.80         "Rome"          0.2 · 0.3 = 0.06
+        2        0.30         "Oslo"          0.5 · 0.9 = 0.45
+
+    The question is as answerable as its most answerable window, 0.80. That is at least one half, so there is
+    an answer, and it is the best span of all windows, "Oslo", whichever window was the most answerable. With
+    0.40 in place of 0.80 the answer would be "", and 0.60 the probability that there is none.
+    CHOICE: this rule; the paper speaks of one input for each question.
+    """
+
+    model_class = roberta.RobertaForQuestionAnswering
+
+    def __init__(self, task: Task, config: FinetuneConfig):
+        self.task, self.config = task, config
+
+    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Item]:
+        items, seq_len = [], self.config.seq_len
+        encode = functools.lru_cache(64)(tokenizer.encode_with_offsets)  # a passage has several questions
+        for number, example in enumerate(examples):
+            # The question is in front of every window of its passage, so it must not fill them.
+            question = tokenizer.encode_to_numpy(example.texts[0].strip())
+            question = question[: min(self.config.max_question_tokens, seq_len // 2)]
+            # The passage is encoded as it stands, spaces and all, because offsets count its characters: for
+            # each token of ids they have (begin, end), the end exclusive. gold is the answer's first and last
+            # token, or None where there is no answer.
+            ids, offsets = encode(example.texts[1])
+            gold = first_answer(example, offsets)
+
+            # `join` puts <s> question </s></s> before a window and </s> behind it. The stride is at most half
+            # a window, so that windows overlap even where seq_len is small.
+            begin = len(question) + 3
+            room = seq_len - begin - 1
+            stride = min(self.config.doc_stride, max(1, room // 2))
+            for start, end in windows(len(ids), room, stride):
+                # CHOICE: a window that holds only a part of the answer is taught that it holds none: its
+                # target is `<s>`, at 0, for the first token as for the last. (gold includes its last token,
+                # the window excludes its end.)
+                target = (0, 0, 0)
+                if gold and start <= gold[0] and gold[1] < end:
+                    target = (begin + gold[0] - start, begin + gold[1] - start, 1)
+                sequence = join(question, ids[start:end])
+                items.append(Item([sequence], number, target, begin, offsets[start:end]))
+        return items
+
+    def loss(self, scores: tuple[Tensor, ...], batch: TaskBatch) -> Tensor:
+        # Two classifications in which positions take the part of labels, and in v2.0 a third, yes or no.
+        start, end, *answerable = scores
+        first, last, has_answer = to_tensor(batch.targets, start.device).unbind(1)  # (B, 3) -> three of (B,)
+        start_loss = F.cross_entropy(of_passage(start, batch.items), first, reduction="sum")
+        end_loss = F.cross_entropy(of_passage(end, batch.items), last, reduction="sum")
+        loss = (start_loss + end_loss) / 2
+        # In v2.0: -ln σ(score) where the window has the answer, -ln (1 - σ(score)) where it has not.
+        if answerable:
+            score, target = answerable[0].float(), has_answer.float()
+            loss = loss + F.binary_cross_entropy_with_logits(score, target, reduction="sum")
+        return loss
+
+    def probabilities(self, scores: tuple[Tensor, ...], batch: TaskBatch) -> Tensor:
+        start, end, *answerable = scores
+        # Beginning and end are two distributions over the same positions, independent of each other.
+        scores = torch.stack([of_passage(start, batch.items), of_passage(end, batch.items)], dim=1)
+        positions = scores.softmax(-1)  # (B, 2, T)
+        # T differs between batches. With zeros up to seq_len all windows' rows fit into one array, in which
+        # an ensemble can be averaged.
+        positions = F.pad(positions, (0, self.config.seq_len - positions.shape[2]))  # (B, 2, seq_len)
+        # Column 0, before the positions, is the probability that the window answers the question: the same in
+        # both rows. In v1.1 every question has an answer.
+        sure = answerable[0].float().sigmoid() if answerable else torch.ones(len(start), device=start.device)
+        column = sure.view(-1, 1, 1).repeat(1, 2, 1)  # (B,) -> (B, 2, 1)
+        return torch.cat([column, positions], dim=2)  # (B, 2, 1 + seq_len)
+
+    def decide(self, probabilities: np.ndarray, items: list[Item], examples: Sequence[Example]) -> list:
+        answerable = [0.0] * len(examples)
+        best, spans = [-1.0] * len(examples), [""] * len(examples)  # -1: even a span of probability 0 is more
+        for item, (start, end) in zip(items, probabilities):
+            # One window that answers is enough: most windows of a long passage do not.
+            question = item.example
+            answerable[question] = max(answerable[question], float(start[0]))
+            # The window's tokens begin at item.begin of the sequence; `probabilities` put a column before.
+            inside = slice(1 + item.begin, 1 + item.begin + len(item.offsets))
+            first, last, probability = best_span(start[inside], end[inside], self.config.max_answer_tokens)
+            if probability > best[question]:
+                best[question] = probability
+                spans[question] = answer_text(examples[question].texts[1], item.offsets, first, last)
+        return [Answer(span if sure >= 0.5 else "", span, 1 - sure) for sure, span in zip(answerable, spans)]
+
+
+def of_passage(scores: Tensor, items: Sequence[Item]) -> Tensor:
+    """Scores of positions, (B, T), with -∞ where no answer can be: softmax makes that probability 0."""
+    # `<s>` is allowed, too: it means "not in this window".
+    allowed = torch.zeros(scores.shape, dtype=torch.bool)
+    allowed[:, 0] = True
+    # The question is not, although it may contain the answer's words.
+    for row, item in enumerate(items):
+        allowed[row, item.begin : item.begin + len(item.offsets)] = True
+    return scores.float().masked_fill(~allowed.to(scores.device), -math.inf)
+
+
+def best_span(start: np.ndarray, end: np.ndarray, longest: int) -> tuple[int, int, float]:
+    """First token, last token and probability of the best span of up to `longest` tokens.
+
+    The best beginning and the best end by themselves may not fit together: here those are tokens 1 and 0.
+
+    >>> best_span(np.array([0.1, 0.6, 0.3]), np.array([0.5, 0.1, 0.4]), longest=3)
+    (1, 2, 0.24)
+    """
+    # Every first token (row) with every last one (column). The spans of 1 to `longest` tokens are on the
+    # diagonal of this table and up to `longest` - 1 steps above it; all others become 0.
+    products = np.tril(np.triu(np.outer(start, end)), longest - 1)
+    first, last = divmod(int(products.argmax()), len(end))
+    return first, last, float(products[first, last])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loop, with early stopping
+# ----------------------------------------------------------------------------------------------------------
+
+# The best epoch's model stays in its checkpoint. When the run has ended, Part II moves it into the run
+# directory.
+
+
+def finetune_once(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict, fingerprint: str) -> Training:
+    """Trains one model with one setting and seed, or resumes that; returns the state after the last step."""
+    # Table 10: the rate rises over the first warmup_ratio of the steps, then falls linearly. It is 0 after
+    # the last of them, which a run that is stopped early does not reach.
+    config, out = head.config, Path(head.config.out)
+    order = TaskBatches(splits["train"].items, config, ranks)
+    max_steps = config.epochs * order.steps_per_epoch
+    warmup_steps = round(config.warmup_ratio * max_steps)
+
+    # All weights are trained: the pretrained encoder's and the head's.
+    training = train.begin(config, ranks, build_model(head))
+    train.resume(training, out, fingerprint)
+    progress = training.progress
+
+    def loss_sums(model: nn.Module, batch: TaskBatch) -> tuple[Tensor]:
+        # The weight is 0 where this rank has no item left, and computes a dummy for the others' sake, else 1.
+        # A tuple, [num_items] and ["loss"] have one element each here: pretraining may have two losses.
+        scores = model(to_tensor(batch.input_ids, ranks.device))
+        return (head.loss(scores, batch) * batch.weight,)
+
+    with train.stop_signals() as received:
+        for batches, num_items in data.prefetch(order.step, range(progress.step, max_steps)):
+            # Early stopping (§5.1). Of 70, 72, 71, 72 and 71 % the second is best; the fourth only equals
+            # it. With a patience of 3 that run ends here, and leaves the second epoch's model.
+            if 0 < config.patience <= progress.evaluations_without_gain:
+                break
+
+            # One step. num_items counts all ranks' items: the sum of their losses is divided by it.
+            rate = train.learning_rate(progress.step, config.peak_lr, warmup_steps, max_steps)
+            train.accumulate(training, batches, loss_sums, [num_items])
+            train.update(training, rate)
+            progress.epoch = progress.step / order.steps_per_epoch
+
+            must_stop = train.stop_asked(received, ranks)
+            must_save = must_stop or progress.step % config.checkpoint_interval == 0
+            ends_epoch = progress.step % order.steps_per_epoch == 0
+            if ends_epoch or must_save or progress.step % config.log_interval == 0:
+                train.log(training, out, max_steps, ["loss"])
+            if ends_epoch:
+                # The dev set judges. A model better than all before is saved at once. `progress` notes its
+                # step, so `save` never removes that checkpoint; in the end it is what the run leaves.
+                result = train.log_result(training, out, measure(training.model, head, splits["dev"], ranks))
+                is_best = progress.note_result(result, result[head.task.metric])
+                must_save = must_save or is_best
+                train.plot_log(out, f"{head.task.name}, seed {config.seed}", ranks)
+            if must_save:
+                train.save(training, out, tokenizer, fingerprint)
+            if must_stop:
+                train.end_after_signal(progress.step, received)
+    return training
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Metrics: scikit-learn's and scipy's definitions
+# ----------------------------------------------------------------------------------------------------------
+
+# SQuAD's (`squad_metrics`, Part II) are exact match, whether an answer equals a gold answer but for case,
+# punctuation and articles, and F1, the harmonic mean of precision and recall of the words that it shares with
+# a gold answer; of several gold answers the best counts, and both are averaged over the questions. Their
+# names are those that the official scripts print: exact match is "exact_match" in v1.1 and "exact" in v2.0.
+
+
+def accuracy(labels: Sequence[int], predictions: Sequence[int]) -> float:
+    """The share that is right.
+
+    >>> accuracy([1, 1, 0, 0], [1, 1, 1, 0])
+    0.75
+    """
+    # Read it beside the majority baseline: in QQP 63 % are right without looking at a question.
+    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
+
+
+def f1_score(labels: Sequence[int], predictions: Sequence[int]) -> float:
+    """The harmonic mean of precision and recall of label 1; 0 if neither list contains a 1.
+
+    Two are predicted to be 1, and one of them is (precision 1/2). Three are 1, and one of them is found
+    (recall 1/3):
+
+    >>> f1_score([1, 1, 1, 0], [1, 0, 0, 1])
+    0.4
+    """
+    # 2 / (1 / precision + 1 / recall) = 2 · both / (predicted + true), with no division by 0 on the way.
+    true, predicted = np.asarray(labels) == 1, np.asarray(predictions) == 1
+    total = int(true.sum() + predicted.sum())
+    return 2 * int((true & predicted).sum()) / total if total else 0.0
+
+
+def matthews_correlation(labels: Sequence[int], predictions: Sequence[int]) -> float:
+    """The correlation of two lists of 0 and 1, CoLA's metric; 0 where one is constant.
+
+    >>> matthews_correlation([1, 1, 0, 0], [1, 1, 1, 0]), matthews_correlation([1, 1, 1, 0], [1, 1, 1, 1])
+    (0.5773502691896258, 0.0)
+    """
+    # Always giving the more frequent label earns 0 here. In CoLA its accuracy would be 70 %.
+    value = pearson(labels, predictions)
+    return 0.0 if math.isnan(value) else value
+
+
+def pearson(a: Sequence[float], b: Sequence[float]) -> float:
+    """The linear correlation, from -1 to 1; NaN where it is undefined.
+
+    It is the cosine of the angle between the two lists as vectors, after subtracting from each its mean.
+
+    >>> round(pearson([1, 2, 3], [1, 2, 6]), 4), pearson([1, 2, 3], [5, 5, 5])
+    (0.9449, nan)
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    # A list of equal values becomes the zero vector, which has no direction. NaN also ends here.
+    if not (np.ptp(a) > 0 and np.ptp(b) > 0):
+        return math.nan
+    a, b = a - a.mean(), b - b.mean()
+    return float(np.clip((a / np.linalg.norm(a)) @ (b / np.linalg.norm(b)), -1, 1))
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """The correlation of the ranks: do both lists sort things alike, whatever the distances between values?
+
+    >>> round(spearman([1, 2, 3], [1, 2, 600]), 6)
+    1.0
+    """
+    # Both are undefined in the same cases: a list of equal values has equal ranks, and NaN has no rank.
+    return math.nan if math.isnan(pearson(a, b)) else pearson(ranks_of(a), ranks_of(b))
+
+
+def ranks_of(values: Sequence[float]) -> np.ndarray:
+    """The rank of each value in the sorted list, from 1; equal values share the mean of their ranks.
+
+    >>> ranks_of([30, 10, 20, 20]).tolist()
+    [4.0, 1.0, 2.5, 2.5]
+    """
+    # A value that occurs `count` times has the ranks last - count + 1 to last.
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[which]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Part II: the machinery
+# ----------------------------------------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------------
+# Batches: what one forward pass reads, and their order
+# ----------------------------------------------------------------------------------------------------------
+
+
+class TaskBatch(NamedTuple):
+    """What one forward pass reads, padded to its longest sequence; the model knows padding by its id."""
+
+    input_ids: np.ndarray  # (B, T) int64; RACE: (B, N, T)
+    targets: np.ndarray  # (B,); SQuAD: (B, 3)
+    items: list[Item]
+    weight: float  # of the loss: 1, or 0 where there was no item left for this rank
+    num_tokens: int  # real ones
+
+
+def longest(item: Item) -> int:
+    # What an item costs: its batch is padded to the longest sequence in it.
+    return max(map(len, item.sequences))
+
+
+def collate(items: list[Item], weight: float = 1.0) -> TaskBatch:
+    """The items as arrays, with padding behind the sequences that are shorter than the longest."""
+    candidates = len(items[0].sequences)
+    ids = np.full((len(items), candidates, max(map(longest, items))), data.PAD)
+    for row, item in enumerate(items):
+        for candidate, sequence in enumerate(item.sequences):
+            ids[row, candidate, : len(sequence)] = sequence
+    # Only RACE has the axis of candidates.
+    ids = ids[:, 0] if candidates == 1 else ids
+    targets = np.array([item.target for item in items])
+    return TaskBatch(ids, targets, items, weight, int((ids != data.PAD).sum() * weight))
+
+
+class TaskBatches:
+    """The order of the training examples: `step(n)` is a pure function of (seed, n, rank).
+
+    An epoch is shuffled. Then every 50 steps' worth of items is sorted by length, so that those of similar
+    length meet in a step and little is padded, and the steps are shuffled. Their sizes differ by at most one.
+    """
+
+    def __init__(self, items: list[Item], config: FinetuneConfig, ranks: Ranks):
+        self.items, self.config, self.ranks = items, config, ranks
+        self.lengths = np.array([longest(item) for item in items])
+        self.steps_per_epoch = math.ceil(len(items) / config.batch_size)
+        self.steps_of = functools.lru_cache(1)(self.steps_of)  # the steps of an epoch are asked for in a row
+
+    def steps_of(self, epoch: int) -> list[np.ndarray]:
+        """The items of each step of an epoch."""
+        count, seed = len(self.items), self.config.seed
+        shuffled = data.epoch_order(count, seed, epoch)
+        # lexsort goes by its last key first: by the pool in which the shuffle put an item, then by length.
+        pool = np.arange(count) // (50 * self.config.batch_size)
+        shuffled = shuffled[np.lexsort((self.lengths[shuffled], pool))]
+        steps = [shuffled[part] for part in data.equal_parts(np.ones(count), self.steps_per_epoch)]
+        return [steps[i] for i in data.epoch_order(len(steps), seed + 1, epoch)]
+
+    def step(self, number: int) -> tuple[list[TaskBatch], int]:
+        """This rank's micro-batches of a step, and the number of items in those of all ranks."""
+        epoch, place = divmod(number, self.steps_per_epoch)
+        chosen, world_size = self.steps_of(epoch)[place], self.ranks.world_size
+        # Micro-batch i of rank r is part i * world_size + r, so all ranks make the same number of passes.
+        passes = math.ceil(len(chosen) / (train.micro_batch_size(self.config, world_size) * world_size))
+        parts = data.equal_parts(np.ones(len(chosen)), passes * world_size)
+        batches = []
+        for part in parts[self.ranks.rank :: world_size]:
+            # Ranks wait for each other's gradients, so one without an item left computes a spare one, which
+            # counts for nothing: its weight is 0.
+            mine = [self.items[i] for i in chosen[part]]
+            batches.append(collate(mine) if mine else collate([self.items[0]], weight=0.0))
+        return batches, len(chosen)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """The training, dev or test set: as published, and as the model reads it."""
+
+    examples: list[Example]
+    items: list[Item]
+
+
+@torch.no_grad()
+def predict(model: nn.Module, head: Head, split: Split, ranks: Ranks) -> tuple[np.ndarray, float]:
+    """The probabilities of all items, and their mean loss. All ranks share the work."""
+    # The longest items come first: if the memory does not suffice, that shows at once.
+    items, size = split.items, head.config.micro_batch_size or 32
+    order = np.argsort([-longest(item) for item in items], kind="stable")
+    parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    shape = (2, 1 + head.config.seq_len) if isinstance(head, Spans) else (max(1, len(head.task.labels)),)
+    # What another rank computes stays 0 here, so that the sum over ranks has it all.
+    probabilities, loss = torch.zeros(len(items), *shape), torch.zeros(1, dtype=torch.float64)
+    with roberta.evaluating(model), ranks.autocast():
+        for part in parts[ranks.rank :: ranks.world_size]:
+            batch = collate([items[i] for i in part])
+            scores = model(to_tensor(batch.input_ids, ranks.device))
+            probabilities[part] = head.probabilities(scores, batch).cpu()
+            loss += head.loss(scores, batch).cpu()
+    loss = ranks.sum(loss, "the losses of an evaluation")
+    return ranks.sum(probabilities, "the predictions").numpy(), float(loss) / len(items)
+
+
+def measure(model: nn.Module, head: Head, dev: Split, ranks: Ranks) -> dict[str, float]:
+    """The dev loss and the task's metrics."""
+    probabilities, loss = predict(model, head, dev, ranks)
+    predictions = head.decide(probabilities, dev.items, dev.examples)
+    return {"eval_loss": loss} | metrics_of(head.task, predictions, dev.examples)
+
+
+METRICS = {"accuracy": accuracy, "f1": f1_score, "matthews_correlation": matthews_correlation,
+           "pearson": pearson, "spearman": spearman}
+
+
+def metrics_of(task: Task, predictions: list, examples: Sequence[Example]) -> dict[str, float]:
+    """The task's metrics, as fractions; SQuAD's in per cent, as the official scripts print them."""
+    if task.name.startswith("squad"):
+        golds = [[text for _, text in example.label] for example in examples]
+        return squad_metrics(golds, predictions, task.name == "squad2")
+    result = {}
+    # "accuracy_mismatched" is the accuracy of the part "mismatched". A test set may lack a part.
+    for name in task.paper:
+        part = task.parts.get(name)
+        pairs = [(e.label, p) for e, p in zip(examples, predictions) if part in (None, e.part)]
+        if pairs:
+            result[name] = METRICS[name.removesuffix(f"_{part}")](*zip(*pairs))
+    return result
+
+
+def majority_metrics(task: Task, training: Sequence[Example], dev: Sequence[Example]) -> dict[str, float]:
+    """The metrics of the baseline: to every example the most frequent answer of the training set."""
+    # For STS-B any number would do, since a constant correlates with nothing; for SQuAD it is no answer.
+    constant = Answer("", "", 1.0) if task.folder == "squad" else statistics.mode(e.label for e in training)
+    return metrics_of(task, [constant] * len(dev), dev)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# SQuAD's figures: the official scripts' definitions
+# ----------------------------------------------------------------------------------------------------------
+
+
+def normalize_answer(text: str) -> str:
+    """A text without case, punctuation, articles and surplus white space.
+
+    >>> normalize_answer("The  U.S., an Answer")
+    'us answer'
+    """
+    # The official scripts' rule: an answer is not wrong for "the", for a full stop or for a capital letter.
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def squad_f1(gold: str, predicted: str, empty_matches: bool) -> float:
+    """The F1 of the words that two answers share. If both are empty, v2.0 scores 1 and v1.1 scores 0.
+
+    >>> squad_f1("in the year 1999", "1999", empty_matches=False)
+    0.5
+    """
+    gold, predicted = normalize_answer(gold).split(), normalize_answer(predicted).split()
+    if not gold or not predicted:
+        return float(empty_matches and gold == predicted)
+    # In the example: in, year and 1999 against 1999, so 2 · 1 / (3 + 1). Repeated words count repeatedly.
+    common = sum((Counter(gold) & Counter(predicted)).values())
+    return 2 * common / (len(gold) + len(predicted))
+
+
+def squad_metrics(golds: list[list[str]], answers: list[Answer], version2: bool) -> dict[str, float]:
+    """What the official script of the version prints, in per cent. A question without golds has no answer."""
+    has_answer = np.array([bool(texts) for texts in golds])
+    given = squad_scores(golds, [answer.text for answer in answers], version2)
+    if not version2:
+        return {"exact_match": 100 * given["exact"].mean(), "f1": 100 * given["f1"].mean()}
+    # The script prints its figures for all questions, for those with an answer, and for those without.
+    metrics = {}
+    for prefix, chosen in (("", has_answer | True), ("HasAns_", has_answer), ("NoAns_", ~has_answer)):
+        if chosen.any():
+            metrics |= {prefix + name: 100 * scores[chosen].mean() for name, scores in given.items()}
+            metrics[prefix + "total"] = int(chosen.sum())
+    # It also prints the best that any threshold for `no_answer` would have given. Begin by answering nothing:
+    # that gets the unanswerable questions right. Then answer the surest question with its span, then the
+    # next, and so on. Each wins its score, or loses the point that an unanswerable question had.
+    order = np.argsort([answer.no_answer for answer in answers], kind="stable")
+    spans = [answer.span for answer in answers]
+    for name, scores in squad_scores(golds, spans, version2).items():
+        gains = np.where(has_answer, scores, [-float(span != "") for span in spans])[order]
+        totals = np.cumsum([float((~has_answer).sum()), *gains])
+        best = int(totals.argmax())
+        metrics[f"best_{name}"] = 100 * totals[best] / len(golds)
+        metrics[f"best_{name}_thresh"] = answers[order[best - 1]].no_answer if best else 0.0
+    return metrics
+
+
+def squad_scores(golds: list[list[str]], predictions: list[str], version2: bool) -> dict[str, np.ndarray]:
+    """Exact match and F1 of each question, for the gold answer with which it is highest.
+
+    v2.0's script ignores gold answers of which normalising leaves nothing. A question without any is one
+    that has no answer, and "" is right.
+    """
+    exact, f1 = [], []
+    for texts, predicted in zip(golds, predictions):
+        if version2:
+            texts = [text for text in texts if normalize_answer(text)] or [""]
+        exact.append(normalize_answer(predicted) in map(normalize_answer, texts))
+        f1.append(max(squad_f1(text, predicted, version2) for text in texts))
+    return {"exact": np.array(exact, dtype=float), "f1": np.array(f1)}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One run: its model, its beginning and its end
+# ----------------------------------------------------------------------------------------------------------
+
+
+Head = Classification | MultipleChoice | Spans
+
+
+def head_of(task: Task, config: FinetuneConfig) -> Head:
+    """The object for a task's kind (see "Three kinds of tasks"). `config.seq_len` must be a number by now."""
+    return {"squad": Spans, "RACE": MultipleChoice}.get(task.folder, Classification)(task, config)
+
+
+def load_split(head: Head, name: str, tokenizer: Tokenizer) -> Split:
+    """Reads and encodes the training, dev or test set, and says how much there is."""
+    directory = find_task(head.task, head.config.data)
+    examples = read_examples(head.task, directory, name, head.config.skip_bad_rows)
+    items = head.inputs(examples, tokenizer)
+    say(f"{head.task.name} {name}: {len(examples):,} examples, {len(items):,} items, from {directory}")
+    # In the published files some answers are not at their answer_start. Nothing can be learned from those.
+    if isinstance(head, Spans):
+        answers = [(example, *answer) for example in examples for answer in example.label or ()]
+        lost = [example.id for example, *answer in answers if not stands(example.texts[1], *answer)]
+        if lost:
+            say(f"{len(lost):,} of {len(answers):,} answers are not at their offset; the first: {lost[0]}")
+    return Split(examples, items)
+
+
+def head_fields(head: Head) -> dict[str, Any]:
+    """The fields of the model's config that say what its head is for."""
+    if type(head) is Classification:
+        names = head.task.labels or ("score",)
+        return {"num_labels": len(names), "id2label": dict(enumerate(names))}
+    return {"num_labels": None, "id2label": {}, "answerability": head.task.name == "squad2"}
+
+
+def has_head(head: Head, model: nn.Module) -> bool:
+    """Whether a model has a head for exactly this task's labels."""
+    # The class says what kind of head it is, the config for which labels, as the files spell them. Equal
+    # shapes are not enough: QNLI and CoLA have two labels each, which mean different things. (CoLA and SST-2
+    # both call theirs 0 and 1, so between them a head is kept.)
+    return type(model) is head.model_class and replace(model.config, **head_fields(head)) == model.config
+
+
+def build_model(head: Head) -> nn.Module:
+    """The model to fine-tune: a pretrained encoder, and a head drawn from the seed unless one fits.
+
+    A head for the same labels is kept, so a run on MNLI gives another one on MNLI all its weights, but RTE,
+    STS-B and MRPC, which have other labels, only its encoder (§5.1). --scratch: everything is random.
+    """
+    # The shape is the pretrained model's, but for the head, and for dropout where a flag sets it.
+    config, changes, found = head.config, head_fields(head), roberta.open_model(head.config.model)
+    if config.dropout is not None:
+        changes |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    # All weights are drawn from the seed, the same on all ranks. Then those that are kept replace theirs.
+    torch.manual_seed(config.seed)
+    model = head.model_class(replace(found.config, **changes))
+    if config.scratch:
+        return model
+    kept = has_head(head, found)
+    encoder = getattr(found, "roberta", found)  # an encoder that was saved by itself is the whole model
+    (model if kept else model.roberta).load_state_dict((found if kept else encoder).state_dict())
+    say(f"encoder from {config.model}, {'its head, too' if kept else 'a fresh head'}")
+    return model
+
+
+def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict) -> dict:
+    """Does one run, or what is missing of it; a finished one is not repeated. Returns results.json."""
+    config, out = head.config, Path(head.config.out)
+    # A run that was begun with other weights, texts or tokens must not go on with these: the fingerprint, of
+    # all that the result depends on, would differ.
+    weights = [data.checksum(path) for path in roberta.weight_files(roberta.find_model(config.model))]
+    origin = {f"{name} examples": data.fingerprint_of(split.examples) for name, split in splits.items()}
+    origin |= {"tokenizer": tokenizer.fingerprint, "pretrained weights": data.fingerprint_of(weights)}
+    fingerprint = claim(config, ranks, f"one run of {head.task.name}", flags=asdict(config), data=origin)
+    # results.json is the last file that a run writes.
+    if not (out / "results.json").exists():
+        say(f"{out}: batch size {config.batch_size}, learning rate {config.peak_lr:g}, seed {config.seed}")
+        training = finetune_once(head, ranks, tokenizer, splits, fingerprint)
+        if ranks.rank == 0:
+            train.publish(out, out / f"checkpoint-{training.progress.best_step}")
+            data.write_json(out / "results.json", results_of(training, head, splits))
+        ranks.meet("the end of a run")
+    say(f"{out} is finished")
+    # The model is in the run directory now. A run that was killed here before has some checkpoints left.
+    for _, path in train.checkpoints(out) if ranks.rank == 0 else ():
+        train.remove_checkpoint(path)
+    return data.read_json(out / "results.json")
+
+
+def claim(config: FinetuneConfig, ranks: Ranks, kind: str, **described: dict) -> str:
+    """Takes --out for a command of this kind, which may have begun it before; returns its fingerprint."""
+    out, parts = Path(config.out), {"command": {"kind": kind}, "flags": {}, "data": {}} | described
+    data.check_ours(out, "run.json")
+    out.mkdir(parents=True, exist_ok=True)
+    return train.claim_directory(out, parts, config, ranks)
+
+
+def results_of(training: Training, head: Head, splits: dict[str, Split]) -> dict[str, Any]:
+    """What results.json says of a run: its flags, the best epoch's metrics, and the baseline's."""
+    config, progress, metrics = training.config, training.progress, dict(training.progress.best_result)
+    return asdict(config) | {
+        "run": Path(config.out).name, "eval_loss": metrics.pop("eval_loss"), "metrics": metrics,
+        "majority": majority_metrics(head.task, splits["train"].examples, splits["dev"].examples),
+        "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -207,1133 +992,163 @@ class Example(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def task_directories(name: str, data: str | Path) -> list[Path]:
-    """Returns where the files of a task may be: below the folder of all tasks, or in its own."""
-    folder, data = TASKS[name].folder, Path(data)
-    return [data / "glue" / folder, data / folder, data]
-
-
-def find_task(name: str, data: str | Path) -> Path:
-    """Returns the directory of a task. Raises: ValueError where training or dev files are missing."""
-    folder, data, directories = TASKS[name].folder, Path(data), task_directories(name, data)
-    for directory in directories:
-        if split_files(name, directory, "train") and split_files(name, directory, "dev"):
+def find_task(task: Task, place: str | Path) -> Path:
+    """The directory of a task: below the folder of all tasks, or its own. Raises: ValueError."""
+    for directory in (Path(place) / "glue" / task.folder, Path(place) / task.folder, Path(place)):
+        if split_files(task, directory, "train") and split_files(task, directory, "dev"):
             return directory
-    looked = ", ".join(map(str, directories)) if data.is_dir() else f"{data}: no such directory"
-    raise ValueError(f"no training and dev files of {name} ({looked}); --data takes the folder of the tasks "
-                     f"or {folder}/ itself")
+    raise ValueError(f"no training and dev files of {task.name} in {place} or its [glue/]{task.folder}/")
 
 
-def split_files(name: str, directory: Path, split: str) -> list[tuple[str, Path]]:
-    """Returns (part, path) of the files of a split, train, dev or test, that are there."""
-    if name.startswith("squad"):
-        files = [("", f"{split}-v{name[-1]}{'.1' if name[-1] == '1' else '.0'}.json")]
-    elif name == "race":
-        files = [(part, f"{split}/{part}") for part in ("middle", "high")]
-    elif name == "mnli" and split != "train":
-        files = [(part, f"{split}_{part}.tsv") for part in ("matched", "mismatched")]
-        if split == "dev" and not all((directory / file).exists() for _, file in files):
-            return []  # or the metrics of one would pass for those of the other
-        if split == "test":  # GLUE's diagnostic set, by its older or its newer name
-            older = (directory / "../diagnostic/diagnostic.tsv").exists()
-            files.append(("AX", f"../{'diagnostic/diagnostic' if older else 'AX/AX'}.tsv"))
-    elif name == "mrpc" and not (directory / "train.tsv").exists():
-        # Microsoft's own files. GLUE's dev set is a part of their training set, listed in dev_ids.tsv.
-        # DIFFERS: without that list their test set, which has its labels, serves as dev set.
-        own_dev = split != "dev" or (directory / "dev_ids.tsv").exists()
-        files = [("", f"msr_paraphrase_{'train' if split != 'test' and own_dev else 'test'}.txt")]
-    else:
-        files = [("", f"{split}.tsv")]
-    return [(part, directory / file) for part, file in files if (directory / file).exists()]
+def split_files(task: Task, directory: Path, split: str) -> list[tuple[str, Path]]:
+    """(part, path) of the files of a split, train, dev or test; of train and dev all, or else none."""
+    names = {"squad1": f"{split}-v1.1.json", "squad2": f"{split}-v2.0.json"}
+    files = [("", names.get(task.name, f"{split}.tsv"))]
+    if task.name == "race":
+        files = [("middle", f"{split}/middle"), ("high", f"{split}/high")]
+    if task.name == "mnli" and split != "train":
+        files = [("matched", f"{split}_matched.tsv"), ("mismatched", f"{split}_mismatched.tsv")]
+        if split == "test":  # GLUE's diagnostic set, by its older and its newer name
+            files += [("AX", "../diagnostic/diagnostic.tsv"), ("AX", "../AX/AX.tsv")]
+    found = {part: directory / file for part, file in files if (directory / file).exists()}
+    return list(found.items()) if len(found) == len(files) or split == "test" else []
 
 
-def read_examples(name: str, directory: Path, split: str, skip_bad_rows: bool = False) -> list[Example]:
-    """Returns the examples of a split.
+def read_examples(task: Task, directory: Path, split: str, skip_bad_rows: bool = False) -> list[Example]:
+    """The examples of a split.
 
     Raises: ValueError naming file and row where one is malformed, its label is not one of the task's, or the
     columns are another task's. `skip_bad_rows` leaves such rows out and says how many: some official files
     (QQP's) are known to have a few. A test set must be whole to be handed in.
     """
-    if name.startswith("squad"):
-        rows, parse = squad_rows, functools.partial(squad_example, name, split)
-    elif name == "race":
-        rows, parse = race_rows, functools.partial(race_example, split)
-    else:
-        rows, parse = functools.partial(tsv_rows, name, split), functools.partial(glue_example, name, split)
-    examples = []
-    for part, path in split_files(name, directory, split):
-        if split == "dev" and path.name == "msr_paraphrase_test.txt":
-            say(f"{path} serves as dev set, as there is no dev_ids.tsv to say which examples are GLUE's")
-        bad, before = [], len(examples)
-        for where, row in rows(path):
+    kinds = {"squad": (squad_rows, squad_example), "RACE": (race_rows, race_examples)}
+    rows, parse = kinds.get(task.folder, (tsv_rows, glue_example))
+    examples, bad = [], []
+    for part, path in split_files(task, directory, split):
+        for where, row in rows(task, split, path):
             try:
-                found = parse(part, row)
-                "".join(text for e in found for text in (e.id, *e.texts)).encode()  # no lone surrogates
+                found = parse(task, split, part, row)
+                # All of them texts, and such as can be written: JSON may hold halves of a character.
+                "".join(text for example in found for text in (example.id, *example.texts)).encode()
                 examples += found
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
                 bad.append(f"{path}: {where}: {reason}")
                 if not skip_bad_rows or split == "test":
-                    way_out = "" if split == "test" else ", or leave such rows out with --skip-bad-rows"
-                    raise ValueError(f"{bad[0]}; mend or remove it{way_out}") from None
-        if bad:
-            say(f"left out {len(bad)} malformed rows, the first: {bad[0]}")
-        if len(examples) == before:
+                    raise ValueError(f"{bad[0]}; mend it, or (test sets apart) use --skip-bad-rows") from None
+        if not examples:
             raise ValueError(f"{path}: no example in it")
-        if name == "race" or name.startswith("squad"):  # their predictions are handed in by the id
-            repeated = [id for id, count in Counter(example.id for example in examples).items() if count > 1]
-            if repeated:
-                raise ValueError(f"{path}: two questions have the id {repeated[0]}")
+    if bad:
+        say(f"left out {len(bad)} malformed rows, the first: {bad[0]}")
     return examples
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start} ({error.reason})") from None
+def tsv_rows(task: Task, split: str, path: Path) -> Iterator[tuple[str, tuple]]:
+    """(line, (its number, columns, its bytes)) of a GLUE file. Quotation marks are text."""
+    # Lines end with \n or \r\n. Some texts contain other characters that splitlines() takes for line ends.
+    lines = re.split(rb"\r?\n", path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"))
+    # CoLA's files have no header, but for the test set's.
+    headless = task.name == "cola" and split != "test"
+    columns = ["source", "label", "star", "sentence"] if headless else lines.pop(0).decode().split("\t")
+    missing = {*task.texts, *([task.label] if split != "test" else [])} - set(columns)
+    if missing:
+        raise ValueError(f"{path}: line 1: no {min(missing)} in {str(columns)[:200]}; another task's file?")
+    for number, line in enumerate(lines):
+        yield f"line {number + 2 - headless}", (number, columns, line)
 
 
-def tsv_rows(name: str, split: str, path: Path) -> Iterator[tuple[str, tuple]]:
-    """Yields (line, (row by column, columns, cells)) of a GLUE file. Quotation marks are text."""
-    lines = read_text(path).split("\n")  # and at no other character that splitlines() takes for a line end
-    lines = [line.removesuffix("\r").split("\t") for line in lines]
-    headless = name == "cola" and split != "test"
-    columns = ["source", "label", "star", "sentence"] if headless else lines.pop(0)
-    needed = {*TASKS[name].texts} | ({TASKS[name].label} if split != "test" else set())
-    if not needed <= set(columns):
-        missing = ", ".join(sorted(needed - set(columns)))
-        raise ValueError(f"{path}: line 1: no column {missing}, only {', '.join(columns)[:200]!r}: "
-                         f"is this {name}'s file?")
-    while lines and not "".join(lines[-1]).strip():
-        lines.pop()
-    ids = path.parent / "dev_ids.tsv"
-    if path.name != "msr_paraphrase_train.txt" or not ids.exists():
-        ids = None
-    dev_ids = {tuple(line.split()[:2]) for line in read_text(ids).splitlines()} if ids else set()
-    for number, cells in enumerate(lines):
-        row = {"index": str(number)} | dict(zip(columns, cells))
-        if ids and ((row.get("#1 ID"), row.get("#2 ID")) in dev_ids) != (split == "dev"):
-            continue  # the list has GLUE's dev set, the rest of the file is its training set
-        yield f"line {number + 2 - headless}", (row, columns, cells)
+def index_of_label(task: Task, written: str) -> int:
+    # The order of `Task.labels` gives the model's labels their numbers.
+    if written not in task.labels:
+        raise ValueError(f"label {written!r} is none of {task.name}'s ({', '.join(task.labels)})")
+    return task.labels.index(written)
 
 
-def glue_example(name: str, split: str, part: str, parsed: tuple) -> list[Example]:
-    task, label, (row, columns, cells) = TASKS[name], None, parsed
-    if cells == [""]:
-        raise ValueError("blank")
+def glue_example(task: Task, split: str, part: str, row: tuple) -> list[Example]:
+    """The example in a line. A list, because a passage of RACE's, which is read alike, makes several."""
+    number, columns, line = row
+    cells, label = line.decode().split("\t"), None
     if len(cells) != len(columns):
-        raise ValueError(f"{len(cells)} columns, but {name} has {len(columns)} ({', '.join(columns)[:100]})")
+        raise ValueError(f"{len(cells)} columns, but the file has {len(columns)}")
+    row = dict(zip(columns, cells))
     if split != "test":
         written = row[task.label].strip()
-        if not task.labels:
-            label = float(written)
-            if not 0 <= label <= 5:
-                raise ValueError(f"{task.label} {written} is not between 0 and 5")
-        elif written in task.labels:
-            label = task.labels.index(written)
-        else:
-            raise ValueError(f"{task.label} {written!r} is none of {name}'s ({', '.join(task.labels)}); is "
-                             f"this {name}'s file?")
-    return [Example(row["index"], part, tuple(row[column].strip() for column in task.texts), label)]
+        label = index_of_label(task, written) if task.labels else float(written)
+        if not 0 <= label <= 5:
+            raise ValueError(f"{task.label} {written} is not between 0 and 5")
+    texts = tuple(row[column].strip() for column in task.texts)
+    return [Example(row.get("index", str(number)), part, texts, label)]
 
 
-def squad_rows(path: Path) -> Iterator[tuple[str, tuple]]:
-    """Yields (question, (it, its passage)) of a SQuAD file."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise ValueError(f'{path}: not a SQuAD file, which is an object with a list "data"')
-    for i, article in enumerate(content["data"]):
-        try:
-            pairs = [(p["context"], qa) for p in article["paragraphs"] for qa in p["qas"]]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: article {i}: paragraphs with context and qas expected, "
-                             f"{type(error).__name__} {error}") from None
-        for passage, question in pairs:
-            name = question.get("id") if isinstance(question, dict) else question
-            yield f"question {str(name)[:100]}", (passage, question)
+def squad_rows(task: Task, split: str, path: Path) -> list[tuple[str, tuple]]:
+    """(question, (its passage, its entry)) of a SQuAD file."""
+    try:
+        paragraphs = [p for article in data.read_json(path)["data"] for p in article["paragraphs"]]
+        pairs = [(p["context"], entry) for p in paragraphs for entry in p["qas"]]
+        return [(f"question {entry['id']}"[:100], (passage, entry)) for passage, entry in pairs]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no SQuAD file: data, paragraphs, context, qas, id ({error!r})") from None
 
 
-def squad_example(name: str, split: str, part: str, row: tuple) -> list[Example]:
+def squad_example(task: Task, split: str, part: str, row: tuple) -> list[Example]:
+    """The example in an entry: in v2.0 the list of answers is empty where the passage has none."""
     passage, entry = row
-    if not all(isinstance(text, str) for text in (passage, entry["id"], entry["question"])):
-        raise ValueError("context, id and question must be texts")
-    if split == "test" and "answers" not in entry:
-        return [Example(entry["id"], part, (entry["question"], passage), None)]
-    answers = tuple((a["answer_start"], a["text"]) for a in entry["answers"])
-    if not all(type(begin) is int and isinstance(text, str) for begin, text in answers):
-        raise ValueError("an answer must have an integer answer_start and a text")
-    if answers and entry.get("is_impossible"):
-        raise ValueError("is_impossible, but it has an answer")
-    if name == "squad1" and not answers:
-        raise ValueError("no answer, which in v1.1 every question has; is this v2.0, --task squad2?")
+    answers = None
+    if split != "test" or "answers" in entry:
+        answers = tuple((answer["answer_start"], answer["text"]) for answer in entry["answers"])
+        if not passage or not all(type(begin) is int and isinstance(text, str) for begin, text in answers):
+            raise ValueError("a context that is empty, or an answer without integer answer_start and text")
+        if task.name == "squad1" and not answers:
+            raise ValueError("no answer, which in v1.1 every question has; is this v2.0, --task squad2?")
     return [Example(entry["id"], part, (entry["question"], passage), answers)]
 
 
-def race_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields (file, passage with its questions) of RACE/<split>/<middle or high>."""
+def stands(passage: str, begin: int, text: str) -> bool:
+    """Whether the passage has this answer at this character."""
+    return text != "" and begin >= 0 and passage.startswith(text, begin)
+
+
+def first_answer(example: Example, offsets: np.ndarray) -> tuple[int, int] | None:
+    """First and last token of the gold answer that training uses; None where there is none.
+
+    CHOICE: of several gold answers it is the first that is where the file says it is; some published ones
+    are not.
+    """
+    for begin, text in example.label or ():
+        if stands(example.texts[1], begin, text):
+            return tokens_of_answer(offsets, begin, begin + len(text))
+    return None
+
+
+def race_rows(task: Task, split: str, path: Path) -> Iterator[tuple[str, dict]]:
+    """(file, passage with its questions) of RACE/<split>/<middle or high>."""
     for file in sorted(path.glob("*.txt"), key=lambda file: (len(file.name), file.name)):
-        yield file.name, read_json(file)
+        yield file.name, data.read_json(file)
 
 
-def race_example(split: str, part: str, row: dict) -> list[Example]:
+def race_examples(task: Task, split: str, part: str, row: dict) -> list[Example]:
+    """One example for each of a passage's questions."""
     questions, options = row["questions"], row["options"]
-    answers = row.get("answers") or [None] * len(questions)
-    if not (isinstance(row["article"], str) and isinstance(questions, list)):
-        raise ValueError("article must be a text and questions a list")
-    if not len(questions) == len(options) == len(answers):
-        raise ValueError(f"{len(questions)} questions, {len(options)} options, {len(answers)} answers")
-    if split != "test" and None in answers:
-        raise ValueError("no answers")
+    labels = [None] * len(questions)
+    if split != "test" or "answers" in row:
+        labels = [index_of_label(task, answer) for answer in row["answers"]]
+    if not len(questions) == len(options) == len(labels):
+        raise ValueError(f"{len(questions)} questions, {len(options)} options, {len(labels)} answers")
     examples = []
-    for i, (question, four, answer) in enumerate(zip(questions, options, answers)):
-        if not isinstance(four, list) or len(four) != 4 or answer not in ("A", "B", "C", "D", None):
-            raise ValueError(f"question {i} has {len(four)} options and answer {answer!r}; four and A to D")
-        label = None if answer is None else "ABCD".index(answer)
+    for i, (question, four, label) in enumerate(zip(questions, options, labels)):
+        if len(four) != 4:
+            raise ValueError(f"question {i} has {len(four)} options; there must be four")
         examples.append(Example(f"{row['id']}-{i}", part, (row["article"], question, *four), label))
     return examples
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Inputs: token ids of <s> A </s></s> B </s>
-# ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Features:
-    """The inputs of a split: their ids one behind another, and what the loss and the predictions need."""
-
-    ids: np.ndarray  # int32
-    bounds: np.ndarray  # (S + 1,) where each input begins in `ids`
-    example: np.ndarray  # (S,) the example it is of
-    group: np.ndarray  # (S,) 0, 1, ...: with which others it is judged
-    targets: np.ndarray  # (S, 3) label or value, 0, 0; candidates: is it right; SQuAD: see Spans.encode
-    passage: np.ndarray  # (S, 2) which of its tokens are the passage's (SQuAD)
-    offsets: np.ndarray  # (len(ids), 2) the passage's characters that a token is made of (SQuAD)
-    labelled: np.ndarray  # () whether the targets are known
-    notes: np.ndarray  # () a remark to print, and below it a line for each oddity
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.bounds)
-
-    @property
-    def group_begins(self) -> np.ndarray:
-        """(G + 1,) which input each group begins with; they are neighbours."""
-        return np.append(np.flatnonzero(np.diff(self.group, prepend=-1)), len(self.group))
-
-    @classmethod
-    def of(
-        cls, inputs: Sequence[np.ndarray], *, example: ArrayLike, group: ArrayLike, targets: ArrayLike,
-        labelled: bool, notes: str, passage: ArrayLike | None = None,
-        offsets: Sequence[np.ndarray] | None = None,
-    ) -> Features:
-        """Returns the inputs and, for each, what the fields say; targets: up to three numbers."""
-        targets = np.array(targets, dtype=np.float32).reshape(len(inputs), -1)
-        return cls(
-            np.concatenate(inputs).astype(np.int32), np.cumsum([0, *map(len, inputs)]), np.array(example),
-            np.array(group), np.pad(targets, ((0, 0), (0, 3 - targets.shape[1]))),
-            np.zeros((len(inputs), 2), np.int64) if passage is None else np.array(passage),
-            np.zeros((0, 2), np.int32) if offsets is None else np.concatenate(offsets).astype(np.int32),
-            np.array(labelled), np.array(notes),
-        )
-
-
-def join(first: np.ndarray, second: np.ndarray | None, seq_len: int) -> np.ndarray:
-    """Returns <s> first </s>, or <s> first </s></s> second </s>; the longer text is cut until it fits.
-
-    >>> join(np.arange(10, 15), np.arange(20, 22), seq_len=9).tolist()
-    [0, 10, 11, 12, 2, 2, 20, 21, 2]
-    """
-    if second is None:
-        return np.concatenate([[BOS], first[: seq_len - 2], [EOS]])
-    room = seq_len - 4
-    first = first[: max(room - len(second), room - room // 2)]
-    second = second[: room - len(first)]
-    return np.concatenate([[BOS], first, [EOS, EOS], second, [EOS]])
-
-
-def tokens_of_answer(offsets: np.ndarray, begin: int, end: int) -> tuple[int, int]:
-    """Returns the first and the last token that hold some of a passage's characters begin to end."""
-    first = int(np.searchsorted(offsets[:, 1], begin, side="right"))
-    return first, max(first, int(np.searchsorted(offsets[:, 0], end, side="left")) - 1)
-
-
-def answer_text(passage: str, offsets: np.ndarray, first: int, last: int) -> str:
-    """Returns the passage's text from the first to the last token, without the space around it."""
-    return passage[offsets[first, 0] : offsets[last, 1]].strip()
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass reads, padded to its longest input."""
-
-    input_ids: np.ndarray  # (S, T) int64
-    attention_mask: np.ndarray  # (S, T) bool, True = real token
-    targets: np.ndarray  # (S, 3) float32
-    group: np.ndarray  # (S,) 0, 1, ...
-    may_answer: np.ndarray  # (S, T) bool, True = <s> and the passage (SQuAD)
-    inputs: np.ndarray  # (S,) which of the features' inputs
-    weight: float  # of the loss: 1, or 0 where there was no group left for this rank
-    num_tokens: int
-
-
-def collate(features: Features, begins: np.ndarray, groups: np.ndarray) -> Batch:
-    """Returns the inputs of some groups as a batch. begins: `features.group_begins`, found once for many."""
-    # Ranks wait for each other's gradients, so one without a group computes along, on any, with weight 0.
-    weight, groups = (1.0, groups) if len(groups) else (0.0, np.array([0]))
-    inputs = np.concatenate([np.arange(begins[g], begins[g + 1]) for g in groups])
-    number = np.repeat(np.arange(len(groups)), begins[groups + 1] - begins[groups])
-    lengths = features.lengths[inputs]
-    ids = np.full((len(inputs), lengths.max()), PAD)
-    for row, i in enumerate(inputs):
-        ids[row, : lengths[row]] = features.ids[features.bounds[i] : features.bounds[i + 1]]
-    column, passage = np.arange(ids.shape[1]), features.passage[inputs]
-    may_answer = (column >= passage[:, :1]) & (column < passage[:, 1:]) | (column == 0)
-    return Batch(ids, column < lengths[:, None], features.targets[inputs], number, may_answer, inputs, weight,
-                 int(lengths.sum() * weight))
-
-
-class Step(NamedTuple):
-    epoch: float
-    batches: list[Batch]  # this rank's micro-batches
-    num_groups: int  # of all ranks and micro-batches
-
-
-class LengthBuckets:
-    """The order of the training examples: `step(n)` is a pure function of (seed, n, rank).
-
-    An epoch is shuffled; each POOL batches are sorted by length, so that those of similar length are
-    neighbours and little is padded; then the batches are shuffled. Their sizes differ by at most one.
-    """
-
-    POOL = 50
-
-    def __init__(self, features: Features, batch_size: int, micro_batch_size: int, seed: int, rank: int = 0,
-                 world_size: int = 1):
-        if batch_size % (micro_batch_size * world_size):
-            raise ValueError(f"micro_batch_size {micro_batch_size} x world_size {world_size} does not divide "
-                             f"batch_size {batch_size}")
-        self.features, self.seed, self.rank, self.world_size = features, seed, rank, world_size
-        self.micro_batch_size = micro_batch_size
-        self.num_micro_batches = batch_size // (micro_batch_size * world_size)
-        self.begins = features.group_begins
-        self.steps_per_epoch = -(-(len(self.begins) - 1) // batch_size)
-        self._order = functools.lru_cache(1)(self._order)  # asked for at every step of an epoch
-
-    def _order(self, epoch: int) -> list[np.ndarray]:
-        """Returns the groups of each step of an epoch."""
-        number, steps = len(self.begins) - 1, self.steps_per_epoch
-        longest = np.maximum.reduceat(self.features.lengths, self.begins[:-1])
-        order = permute(np.arange(number), number, self.seed, epoch)
-        cuts = np.arange(steps + 1) * number // steps
-        for pool in range(0, steps, self.POOL):
-            part = slice(cuts[pool], cuts[min(pool + self.POOL, steps)])
-            order[part] = order[part][np.argsort(longest[order[part]], kind="stable")]
-        batches = np.split(order, cuts[1:-1])
-        return [batches[i] for i in permute(np.arange(steps), steps, self.seed + 2**63, epoch)]
-
-    def step(self, step: int) -> Step:
-        """Returns this rank's micro-batches of a step."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        groups = self._order(epoch)[number]
-        number = -(-len(groups) // (self.micro_batch_size * self.world_size))  # on each rank
-        parts = np.array_split(groups, number * self.world_size)[self.rank :: self.world_size]
-        batches = [collate(self.features, self.begins, part) for part in parts]
-        return Step(step / self.steps_per_epoch, batches, len(groups))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Metrics: scikit-learn's and scipy's definitions, and the official SQuAD scripts'
-# ----------------------------------------------------------------------------------------------------------
-
-
-def accuracy(labels: Sequence[int], predictions: Sequence[int]) -> float:
-    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
-
-
-def f1_score(labels: Sequence[int], predictions: Sequence[int]) -> float:
-    """Returns the harmonic mean of precision and recall of label 1; 0 where neither has one.
-
-    >>> f1_score([1, 1, 0, 0], [1, 0, 1, 0])
-    0.5
-    """
-    labels, predictions = np.asarray(labels) == 1, np.asarray(predictions) == 1
-    total = int(labels.sum() + predictions.sum())
-    return 2 * int((labels & predictions).sum()) / total if total else 0.0
-
-
-def matthews_correlation(labels: Sequence[int], predictions: Sequence[int]) -> float:
-    """Returns the correlation of two labellings, for any number of classes; 0 where one is constant.
-
-    >>> matthews_correlation([1, 1, 0, 0], [1, 1, 1, 0])
-    0.5773502691896258
-    """
-    classes, both = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
-    true, predicted = np.split(np.eye(len(classes))[both], 2)  # (N, classes), one-hot
-    true, predicted = true - true.mean(0), predicted - predicted.mean(0)
-    spread = (true**2).sum() * (predicted**2).sum()
-    return float((true * predicted).sum() / math.sqrt(spread)) if spread else 0.0
-
-
-def pearson(a: Sequence[float], b: Sequence[float]) -> float:
-    """Returns the linear correlation, NaN where one is constant.
-
-    >>> pearson([1, 2, 3], [1, 2, 6])
-    0.944911182523068
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if len(a) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()) or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return math.nan
-    a, b = a - a.mean(), b - b.mean()
-    return float(np.clip((a / np.linalg.norm(a)) @ (b / np.linalg.norm(b)), -1, 1))
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Returns the correlation of the ranks; equal values share the mean of theirs."""
-
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return math.nan
-    return pearson(ranks(a), ranks(b))
-
-
-def normalize_answer(text: str) -> str:
-    """Returns a text without case, punctuation, articles and surplus white space.
-
-    >>> normalize_answer("The  U.S., an Answer")
-    'us answer'
-    """
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def squad_exact(gold: str, predicted: str) -> float:
-    return float(normalize_answer(gold) == normalize_answer(predicted))
-
-
-def squad_f1(gold: str, predicted: str, empty_matches: bool) -> float:
-    """Returns the F1 of the words of two answers. If both are empty, v2.0 scores 1 and v1.1 scores 0."""
-    gold, predicted = normalize_answer(gold).split(), normalize_answer(predicted).split()
-    if not gold or not predicted:
-        return float(empty_matches and gold == predicted)
-    return 2 * sum((Counter(gold) & Counter(predicted)).values()) / (len(gold) + len(predicted))
-
-
-def squad1_metrics(golds: dict[str, list[str]], predictions: dict[str, str]) -> dict[str, float]:
-    """Returns exact match and F1 in per cent, by question the best over its gold answers (v1.1)."""
-    exact = [max(squad_exact(g, predictions[id]) for g in golds[id]) for id in golds if id in predictions]
-    f1 = [max(squad_f1(g, predictions[id], False) for g in golds[id]) for id in golds if id in predictions]
-    return {"exact_match": 100 * sum(exact) / len(golds), "f1": 100 * sum(f1) / len(golds)}
-
-
-def squad2_metrics(
-    golds: dict[str, list[str]], predictions: dict[str, str], na_probs: dict[str, float] | None = None
-) -> dict[str, float]:
-    """Returns what the official v2.0 script prints, in per cent: EM and F1 of all, of answerable and of
-    unanswerable questions, and with `na_probs` the best of them over all thresholds of that probability.
-
-    golds: by question the gold answers, none: unanswerable. One that normalises to nothing is ignored, and so
-    is a question without a prediction.
-    """
-    golds = {id: texts for id, texts in golds.items() if id in predictions}
-    answered = {id: bool(texts) for id, texts in golds.items()}
-    golds = {id: [g for g in texts if normalize_answer(g)] or [""] for id, texts in golds.items()}
-    scores = {"exact": {id: max(squad_exact(g, predictions[id]) for g in gold) for id, gold in golds.items()},
-              "f1": {id: max(squad_f1(g, predictions[id], True) for g in gold) for id, gold in golds.items()}}
-    metrics = {}
-    for prefix, chosen in (("", [True, False]), ("HasAns_", [True]), ("NoAns_", [False])):
-        ids = [id for id in golds if answered[id] in chosen]
-        if ids:
-            metrics |= {prefix + name: 100 * sum(by_id[id] for id in ids) / len(ids)
-                        for name, by_id in scores.items()}
-            metrics[prefix + "total"] = len(ids)
-    for name, by_id in scores.items() if na_probs else ():
-        # Answering nothing gets all unanswerable ones right. Then answer the surest, one by one.
-        score = best = sum(not has for has in answered.values())
-        threshold = 0.0
-        for id in sorted(by_id, key=na_probs.get):
-            score += by_id[id] if answered[id] else -bool(predictions[id])
-            if score > best:
-                best, threshold = score, na_probs[id]
-        metrics |= {f"best_{name}": 100 * best / len(golds), f"best_{name}_thresh": threshold}
-    return metrics
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Heads: what each kind of task does with the encoder
-# ----------------------------------------------------------------------------------------------------------
-
-
-class Head:
-    """What a kind of task does with the encoder; one subclass for each kind.
-
-    examples --encode--> features --forward--> scores, (S, columns) --loss--> training
-                                               scores --probabilities--> (averaged over an ensemble)
-                                               --predictions--> one for each example --> metrics, files
-    """
-
-    model_class: type[RobertaModelBase]
-
-    def __init__(self, config: FinetuneConfig):
-        self.config, self.task = config, TASKS[config.task]
-
-    def model_changes(self) -> dict[str, Any]:
-        """Returns the fields of the model's config that this head sets."""
-        raise NotImplementedError
-
-    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int) -> Features:
-        """Returns the inputs that examples become, none longer than `seq_len` tokens."""
-        raise NotImplementedError
-
-    def forward(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-        """Returns the model's scores, (S, `columns`)."""
-        raise NotImplementedError
-
-    def columns(self, width: int) -> int:
-        """Returns how many scores an input of `width` tokens has."""
-        return self.model_changes()["num_labels"]
-
-    def widen(self, scores: Tensor, width: int) -> Tensor:
-        """Returns a batch's scores as if its inputs had `width` tokens."""
-        return scores
-
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Returns the sum of the groups' losses."""
-        raise NotImplementedError
-
-    def probabilities(self, scores: np.ndarray, features: Features) -> np.ndarray:
-        """Returns what an ensemble averages, from the scores of all inputs."""
-        raise NotImplementedError
-
-    def predictions(self, probabilities: np.ndarray, features: Features, examples: Sequence[Example]) -> list:
-        """Returns for each example what is compared with its label."""
-        raise NotImplementedError
-
-    def metrics(self, predictions: list, examples: Sequence[Example]) -> dict[str, float]:
-        """Returns the task's metrics."""
-        raise NotImplementedError
-
-    def majority(self, examples: Sequence[Example]) -> Any:
-        """Returns the prediction that is right most often for these examples: the baseline."""
-        return Counter(example.label for example in examples).most_common(1)[0][0]
-
-    def files(self, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
-        """Returns name and content of the files in which predictions are handed in."""
-        raise NotImplementedError
-
-
-class Classification(Head):
-    """A label for a text or a pair (§5.1), or for STS-B a value. CHOICE: from 0 to 5, as in the file."""
-
-    model_class = RobertaForSequenceClassification
-
-    def model_changes(self) -> dict[str, Any]:
-        labels = self.task.labels or ("score",)
-        return {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-
-    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int) -> Features:
-        inputs, cut = [], 0
-        for example in examples:
-            first, second = [*map(tokenizer.encode_to_numpy, example.texts), None][:2]
-            inputs.append(join(first, second, seq_len))
-            whole = len(first) + 2 if second is None else len(first) + len(second) + 4
-            cut += whole > seq_len
-        labels = [0 if example.label is None else example.label for example in examples]
-        index = np.arange(len(examples))
-        notes = f"{cut} inputs cut to {seq_len} tokens" if cut else ""
-        return Features.of(inputs, example=index, group=index, targets=labels,
-                           labelled=examples[0].label is not None, notes=notes)
-
-    def forward(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-        return model(to_tensor(batch.input_ids, device), to_tensor(batch.attention_mask, device))
-
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        targets = to_tensor(batch.targets[:, 0], scores.device)
-        if self.task.labels:
-            return F.cross_entropy(scores.float(), targets.long(), reduction="sum")
-        return F.mse_loss(scores[:, 0].float(), targets, reduction="sum")
-
-    def probabilities(self, scores: np.ndarray, features: Features) -> np.ndarray:
-        return softmax(scores) if self.task.labels else scores
-
-    def predictions(self, probabilities: np.ndarray, features: Features, examples: Sequence[Example]) -> list:
-        return (probabilities.argmax(1) if self.task.labels else probabilities[:, 0]).tolist()
-
-    def metrics(self, predictions: list, examples: Sequence[Example]) -> dict[str, float]:
-        functions = {"accuracy": accuracy, "f1": f1_score, "matthews_correlation": matthews_correlation,
-                     "pearson": pearson, "spearman": spearman}
-        result = {}
-        for number, part in enumerate(dict.fromkeys(example.part for example in examples)):
-            mine = [i for i, example in enumerate(examples) if example.part == part]
-            labels, chosen = [examples[i].label for i in mine], [predictions[i] for i in mine]
-            for name in self.task.paper:
-                if name in functions:
-                    result[name if number == 0 else f"{name}_{part}"] = functions[name](labels, chosen)
-        return result
-
-    def majority(self, examples: Sequence[Example]) -> Any:
-        return super().majority(examples) if self.task.labels else statistics.fmean(e.label for e in examples)
-
-    def files(self, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
-        """Returns the files that GLUE's server takes."""
-        names = {"matched": "MNLI-m", "mismatched": "MNLI-mm", "AX": "AX", "": self.task.folder}
-        rows = {names[example.part]: ["index\tprediction"] for example in examples}
-        for example, value in zip(examples, predictions):
-            shown = self.task.labels[value] if self.task.labels else f"{min(max(value, 0), 5):.3f}"
-            rows[names[example.part]].append(f"{example.id}\t{shown}")
-        return {f"{name}.tsv": "\n".join(lines) + "\n" for name, lines in rows.items()}
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Returns the softmax of the last axis."""
-    exponentials = np.exp(scores - scores.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
-
-
-class MultipleChoice(Head):
-    """The right one of four candidates, each encoded with question and passage (§5.3, RACE)."""
-
-    model_class = RobertaForMultipleChoice
-
-    def model_changes(self) -> dict[str, Any]:
-        return {"num_labels": 1, "id2label": {}}
-
-    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int) -> Features:
-        """Question and answer are cut to 128 tokens, then the passage to what is left (§5.3).
-
-        CHOICE: question and answer come first, then the passage; the blank of a cloze question ("_") is
-        filled with the answer, else the answer follows the question.
-        """
-        encode = functools.lru_cache(64)(tokenizer.encode_to_numpy)  # a passage has several questions
-        inputs, cut = [], 0
-        for passage, question, *answers in (example.texts for example in examples):
-            for answer in answers:
-                pieces = re.split("_+", question)
-                filled = answer.join(pieces) if len(pieces) > 1 else f"{question} {answer}"
-                first, second = encode(" ".join(filled.split())), encode(passage.strip())
-                cut += len(first) > 128 or len(first) + len(second) + 4 > seq_len
-                first = first[: min(128, seq_len - 4)]
-                inputs.append(join(first, second[: seq_len - 4 - len(first)], seq_len))
-        right = [example.label == i for example in examples for i in range(4)]
-        index = np.repeat(np.arange(len(examples)), 4)
-        notes = f"{cut} of {len(inputs)} inputs cut to {seq_len} tokens" if cut else ""
-        return Features.of(inputs, example=index, group=index, targets=right,
-                           labelled=examples[0].label is not None, notes=notes)
-
-    def forward(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-        # One candidate a row: padding is less than with all four of a question in one.
-        ids, mask = batch.input_ids[:, None], batch.attention_mask[:, None]
-        return model(to_tensor(ids, device), to_tensor(mask, device))  # (S, 1, T) -> (S, 1)
-
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        device = scores.device
-        group, right = to_tensor(batch.group, device), to_tensor(batch.targets[:, 0] > 0, device)
-        return choice_loss(scores[:, 0].float(), group, right)
-
-    def probabilities(self, scores: np.ndarray, features: Features) -> np.ndarray:
-        return softmax(scores.reshape(-1, 4))  # (S, 1) -> (G, 4)
-
-    def predictions(self, probabilities: np.ndarray, features: Features, examples: Sequence[Example]) -> list:
-        return probabilities.argmax(1).tolist()
-
-    def metrics(self, predictions: list, examples: Sequence[Example]) -> dict[str, float]:
-        labels = np.array([example.label for example in examples])
-        parts, predictions = np.array([example.part for example in examples]), np.asarray(predictions)
-        result = {"accuracy": accuracy(labels, predictions)}
-        for part in np.unique(parts):
-            result[f"accuracy_{part}"] = accuracy(labels[parts == part], predictions[parts == part])
-        return result
-
-    def files(self, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
-        """Returns RACE.json: by passage the letters of its questions, as RACE's own "answers" are."""
-        answers: dict[str, list[str]] = {}
-        for example, choice in zip(examples, predictions):
-            answers.setdefault(example.id.rpartition("-")[0], []).append("ABCD"[choice])
-        return {"RACE.json": json.dumps(answers, indent=1) + "\n"}
-
-
-def choice_loss(scores: Tensor, group: Tensor, right: Tensor) -> Tensor:
-    """Returns the summed cross-entropy of picking a right candidate in each group. scores, ...: (S,)."""
-    groups = torch.arange(int(group[-1]) + 1, device=scores.device)[:, None]
-    other = group != groups  # (G, S)
-    every = scores.masked_fill(other, -math.inf).logsumexp(1)  # (G, S) -> (G,)
-    return (every - scores.masked_fill(other | ~right, -math.inf).logsumexp(1)).sum()
-
-
-def margin_loss(scores: Tensor, group: Tensor, right: Tensor, margin: float = 1.0) -> Tensor:
-    """Returns how much of the margin is missing, summed over all right and wrong candidates of a group."""
-    pairs = (group[:, None] == group) & right[:, None] & ~right  # (S, S): [right one, wrong one]
-    return (F.relu(margin - scores[:, None] + scores) * pairs).sum()
-
-
-class Ranking(Classification):
-    """QNLI and WNLI as the paper's test-set treatment has them (§5.1): rows that share their question (QNLI)
-    or premise (WNLI) are candidates and compete, in QNLI by cross-entropy, in WNLI by a margin.
-
-    DIFFERS: the paper mines further candidates, for WNLI noun phrases found with spaCy. Here the rows of the
-    files are the candidates. CHOICE: "none of them", with score 0, is one more; it is the right one where no
-    other is, so that rows alone in their group teach as well. Such a row is right where it beats "none"; of
-    several the best is right, as in the paper, though a few groups of the files have none or two.
-    """
-
-    def __init__(self, config: FinetuneConfig):
-        super().__init__(config)
-        if config.task not in ("qnli", "wnli"):
-            raise ValueError(f"--ranking is for qnli and wnli, not for {config.task}")
-        self.right = {"qnli": 0, "wnli": 1}[config.task]  # the label of a right candidate
-
-    def model_changes(self) -> dict[str, Any]:
-        return {"num_labels": 1, "id2label": {0: "right"}}
-
-    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int) -> Features:
-        features = super().encode(examples, tokenizer, seq_len)
-        names = {text: i for i, text in enumerate(dict.fromkeys(example.texts[0] for example in examples))}
-        group = np.array([names[example.texts[0]] for example in examples])
-        order = np.argsort(group, kind="stable")  # candidates of a group become neighbours
-        inputs = np.split(features.ids, features.bounds[1:-1])
-        right = features.targets[order, 0] == self.right
-        return Features.of([inputs[i] for i in order], example=order, group=group[order], targets=right,
-                           labelled=bool(features.labelled), notes=str(features.notes))
-
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        device = scores.device
-        group, right = to_tensor(batch.group, device), to_tensor(batch.targets[:, 0] > 0, device)
-        groups = torch.arange(int(batch.group[-1]) + 1, device=device)
-        none_right = ~torch.isin(groups, group[right])
-        # "None of them" is appended once for each group: (S,) -> (S + G,)
-        scores = torch.cat([scores[:, 0].float(), torch.zeros(len(groups), device=device)])
-        group, right = torch.cat([group, groups]), torch.cat([right, none_right])
-        return (choice_loss if self.config.task == "qnli" else margin_loss)(scores, group, right)
-
-    def probabilities(self, scores: np.ndarray, features: Features) -> np.ndarray:
-        """Returns the share of each candidate in its group's softmax, with "none" in it: (S, 1)."""
-        highest = np.maximum(np.maximum.reduceat(scores[:, 0], features.group_begins[:-1]), 0)
-        shares = np.exp(scores[:, 0] - highest[features.group])
-        total = np.bincount(features.group, shares) + np.exp(-highest)
-        return (shares / total[features.group])[:, None]
-
-    def predictions(self, probabilities: np.ndarray, features: Features, examples: Sequence[Example]) -> list:
-        share, group = probabilities[:, 0], features.group
-        best = np.maximum.reduceat(share, features.group_begins[:-1])
-        is_right = np.where(np.bincount(group)[group] > 1, share == best[group], share > 0.5)
-        predicted = np.empty(len(examples), dtype=np.int64)
-        predicted[features.example] = np.where(is_right, self.right, 1 - self.right)
-        return predicted.tolist()
-
-
-class Spans(Head):
-    """Where in the passage the answer is (§5.2); for v2.0 also whether there is one, losses summed (§3).
-
-    A long passage is read in overlapping windows, <s> question </s></s> window </s>.
-    CHOICE: the softmax over places is of the window's tokens and of `<s>`, to which a window without the
-    answer is to give its probability; so windows compare. The span loss is the mean of start's and end's.
-    CHOICE: the classifier is trained on windows. A question is answerable if its best window is, with more
-    than one half; the answer is the best span of all its windows.
-    """
-
-    model_class = RobertaForQuestionAnswering
-
-    def model_changes(self) -> dict[str, Any]:
-        return {"answerability": self.config.task == "squad2"}
-
-    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, seq_len: int) -> Features:
-        """Returns the windows; targets: first and last token of the answer, and whether it is there, or 0s.
-
-        CHOICE: of several gold answers the first one at its offset teaches. A window without the whole of it
-        is trained as having none.
-        """
-        encode = functools.lru_cache(64)(tokenizer.encode_with_offsets)  # a passage has several questions
-        inputs, example_of, targets, passages, all_offsets = [], [], [], [], []
-        wrong, inside, number = [], [], 0
-        for index, example in enumerate(examples):
-            question = tokenizer.encode_to_numpy(example.texts[0].strip())
-            question = question[: min(self.config.max_question_tokens, seq_len // 2)]
-            passage, gold = example.texts[1], None
-            ids, offsets = encode(passage)
-            for begin, text in example.label or ():
-                number += 1
-                if not text or begin < 0 or passage[begin : begin + len(text)] != text:
-                    wrong.append(f"not at its offset: {text!r} in {example.id}")
-                    continue
-                span = tokens_of_answer(offsets, begin, begin + len(text))
-                gold = gold or span
-                if answer_text(passage, offsets, *span) != text:
-                    inside.append(f"begins or ends inside a token: {text!r} in {example.id}")
-            at = len(question) + 3  # where the window begins in the input
-            room = seq_len - at - 1
-            stride = min(self.config.doc_stride, max(1, room // 2))  # short windows must overlap, too
-            for begin in range(0, max(0, len(ids) - room) + stride, stride):
-                end = min(begin + room, len(ids))
-                held = gold is not None and begin <= gold[0] and gold[1] < end
-                targets.append([gold[0] - begin + at, gold[1] - begin + at, 1] if held else [0, 0, 0])
-                inputs.append(np.concatenate([[BOS], question, [EOS, EOS], ids[begin:end], [EOS]]))
-                all_offsets.append(np.pad(offsets[begin:end], ((at, 1), (0, 0))))
-                passages.append([at, at + end - begin])
-                example_of.append(index)
-        notes = f"{len(inputs)} windows of up to {seq_len} tokens"
-        if wrong or inside:
-            notes += (f"; of {number} gold answers {len(wrong)} are not at their offset and left out, "
-                      f"{len(inside)} begin or end inside a token: no span is exactly them")
-        notes = "\n".join([notes, *wrong, *inside])
-        return Features.of(
-            inputs, example=example_of, group=np.arange(len(inputs)), targets=targets,
-            labelled=examples[0].label is not None, notes=notes, passage=passages, offsets=all_offsets,
-        )
-
-    def forward(self, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-        """Returns (S, 2 T + 1): start scores, end scores, the answerability score (v1.1: 0)."""
-        ids, mask = to_tensor(batch.input_ids, device), to_tensor(batch.attention_mask, device)
-        start, end, *answerable = model(ids, mask)
-        may_answer = to_tensor(batch.may_answer, device)
-        places = [scores.float().masked_fill(~may_answer, -math.inf) for scores in (start, end)]
-        answerable = answerable[0].float() if answerable else torch.zeros(len(start), device=device)
-        return torch.cat([*places, answerable[:, None]], dim=1)
-
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        targets = to_tensor(batch.targets, scores.device)
-        start, end = scores[:, :-1].chunk(2, dim=1)
-        loss = sum(F.cross_entropy(places, targets[:, i].long(), reduction="sum") / 2
-                   for i, places in enumerate((start, end)))
-        if self.config.task == "squad2":
-            loss = loss + F.binary_cross_entropy_with_logits(scores[:, -1], targets[:, 2], reduction="sum")
-        return loss
-
-    def columns(self, width: int) -> int:
-        return 2 * width + 1
-
-    def widen(self, scores: Tensor, width: int) -> Tensor:
-        places = scores[:, :-1].unflatten(1, (2, -1))  # (S, 2, T)
-        places = F.pad(places, (0, width - places.shape[2]), value=-math.inf)
-        return torch.cat([places.flatten(1), scores[:, -1:]], dim=1)
-
-    def probabilities(self, scores: np.ndarray, features: Features) -> np.ndarray:
-        start, end = np.split(scores[:, :-1], 2, axis=1)
-        return np.concatenate([softmax(start), softmax(end), 1 / (1 + np.exp(-scores[:, -1:]))], axis=1)
-
-    def predictions(self, probabilities: np.ndarray, features: Features, examples: Sequence[Example]) -> list:
-        """Returns (span, probability that there is no answer) of each question, over all its windows."""
-        width, longest = probabilities.shape[1] // 2, self.config.max_answer_tokens
-        spans, surest = [""] * len(examples), [-1.0] * len(examples)
-        none = [0.0 if self.config.task == "squad1" else 1.0] * len(examples)
-        for i, (index, (begin, end)) in enumerate(zip(features.example, features.passage)):
-            none[index] = min(none[index], 1 - float(probabilities[i, -1]))
-            if begin == end:
-                continue
-            start = probabilities[i, begin:end, None]  # (tokens of the window, 1)
-            ends = np.pad(probabilities[i, width + begin : width + end], (0, longest - 1))
-            ends = np.lib.stride_tricks.sliding_window_view(ends, longest)  # (tokens, how many more)
-            first, more = divmod(int((start * ends).argmax()), longest)
-            if (sure := float(start[first, 0] * ends[first, more])) > surest[index]:
-                first += features.bounds[i] + begin
-                surest[index] = sure
-                spans[index] = answer_text(examples[index].texts[1], features.offsets, first, first + more)
-        return list(zip(spans, none))
-
-    def answers(self, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
-        """Returns what is answered: the span, or "" where the question is classed unanswerable (§3)."""
-        return {e.id: "" if none > 0.5 else span for e, (span, none) in zip(examples, predictions)}
-
-    def metrics(self, predictions: list, examples: Sequence[Example]) -> dict[str, float]:
-        golds = {example.id: [text for _, text in example.label] for example in examples}
-        answers = self.answers(predictions, examples)
-        if self.config.task == "squad1":
-            return squad1_metrics(golds, answers)
-        spans = {example.id: span for example, (span, _) in zip(examples, predictions)}
-        none = {example.id: probability for example, (_, probability) in zip(examples, predictions)}
-        # The best threshold may be above one half: it is looked for among the spans, answered or not.
-        return squad2_metrics(golds, spans, none) | squad2_metrics(golds, answers)
-
-    def majority(self, examples: Sequence[Example]) -> Any:
-        return "", 1.0  # no answer
-
-    def files(self, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
-        """Returns the files that the official scripts read. These print the metrics of results.json: for
-        predictions.json, and (the best over thresholds) for spans.json with na_prob.json."""
-        files = {"predictions.json": self.answers(predictions, examples)}
-        if self.config.task == "squad2":
-            files["spans.json"] = {e.id: span for e, (span, _) in zip(examples, predictions)}
-            files["na_prob.json"] = {e.id: none for e, (_, none) in zip(examples, predictions)}
-        return {name: json.dumps(content, ensure_ascii=False) + "\n" for name, content in files.items()}
-
-
-def head_of(config: FinetuneConfig) -> Head:
-    """Returns what a task does with the encoder."""
-    if config.ranking:
-        return Ranking(config)
-    kinds = {"squad1": Spans, "squad2": Spans, "race": MultipleChoice}
-    return kinds.get(config.task, Classification)(config)
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, head: Head, features: Features, setup: Setup, groups_at_once: int = 32
-) -> tuple[np.ndarray, float]:
-    """Returns the probabilities of all inputs (`head.probabilities`), and the mean loss of the groups.
-
-    All ranks share the work. The longest inputs come first, so that running out of memory happens at once.
-    """
-    begins = features.group_begins
-    order = np.argsort(-np.maximum.reduceat(features.lengths, begins[:-1]), kind="stable")
-    parts = np.split(order, range(groups_at_once, len(order), groups_at_once))
-    width = int(features.lengths.max())
-    scores, loss = torch.zeros(len(features.group), head.columns(width)), torch.zeros(1, dtype=torch.float64)
-    with evaluating(model):
-        for groups in parts[setup.rank :: setup.world_size]:
-            setup.still_at_work()
-            batch = collate(features, begins, groups)
-            with setup.autocast():
-                found = head.forward(model, batch, setup.device)
-                loss += head.loss(found, batch).cpu()
-            scores[batch.inputs] = head.widen(found, width).float().cpu()
-    loss = float(setup.sum(loss, "the losses")) / len(order) if features.labelled else math.nan
-    scores = setup.sum(scores, "the predictions")
-    setup.rest()
-    return head.probabilities(scores.double().numpy(), features), loss
-
-
-# ----------------------------------------------------------------------------------------------------------
-# One run
-# ----------------------------------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    examples: list[Example]
-    features: Features
-    digest: str  # of the examples
-
-
-def load_split(config: FinetuneConfig, split: str, tokenizer: Tokenizer, cache: Path, setup: Setup) -> Split:
-    """Returns a split's examples and inputs; these are made once and then read from `cache`.
-
-    The cache's key is a digest of all that they depend on: examples, tokenizer, task and lengths.
-    """
-    directory = find_task(config.task, config.data)
-    examples = read_examples(config.task, directory, split, config.skip_bad_rows)
-    head = head_of(config)
-    settings = [config.task, config.ranking, config.seq_len, config.doc_stride, config.max_question_tokens,
-                tokenizer.fingerprint, FEATURES_VERSION]
-    digest = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
-    key = hashlib.sha256(repr((settings, digest)).encode()).hexdigest()[:16]
-    path = cache / f"{config.task}-{split}-{key}.npz"
-    if setup.rank > 0:
-        dist.barrier()  # rank 0 writes it
-    features = read_features(path)
-    if features is None:
-        features = head.encode(examples, tokenizer, config.seq_len)
-        buffer = io.BytesIO()
-        np.savez(buffer, **vars(features))
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
-        write_atomically(path.with_suffix(".txt"), f"{features.notes}\n".encode())
-    if setup.rank == 0 and setup.world_size > 1:
-        dist.barrier()
-    first, *more = str(features.notes).split("\n")
-    say(f"{config.task} {split}: {len(examples):,} examples from {directory}" + f"; {first}" * bool(first) +
-        f"; each is named in {path.with_suffix('.txt')}" * bool(more), setup.rank)
-    return Split(examples, features, digest)
-
-
-FEATURES_VERSION = 1  # to be raised when an `encode` changes: caches of before are then no longer found
-
-
-def read_features(path: Path) -> Features | None:
-    """Returns the inputs in a cache file, None where there is none or it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Features(**arrays)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def model_shape(config: FinetuneConfig, head: Head) -> RobertaConfig:
-    """Returns the config of the model to fine-tune: the pretrained one's with the task's head."""
-    changes = head.model_changes()
-    if config.dropout is not None:
-        changes |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
-    return replace(read_config(config.model), **changes)
-
-
-def build_model(config: FinetuneConfig, head: Head, setup: Setup) -> RobertaModelBase:
-    """Returns the model to fine-tune: a pretrained encoder and a head initialised from the seed.
-
-    A head of the same kind for the same labels, as the files spell them, is kept: an MNLI run gives RTE,
-    STS-B and MRPC only its encoder (§5.1), another run on MNLI all it has. --scratch: everything is random.
-    """
-    shape, source = model_shape(config, head), find_model(config.model)
-    torch.manual_seed(config.seed)
-    model = head.model_class(shape)
-    if config.scratch:
-        say(f"random weights of the shape of {config.model}", setup.rank)
-        return model
-    before, kind = read_config(source), head.model_class
-    same_kind = read_model(source)[0].get("architectures") == [kind.__name__]
-    keep_head = same_kind and (before.id2label, before.answerability) == (shape.id2label, shape.answerability)
-    loaded = (kind if keep_head else RobertaModel).from_pretrained(source)
-    (model if keep_head else model.roberta).load_state_dict(loaded.state_dict())
-    say(f"encoder from {config.model}, {'its head, too' if keep_head else 'a fresh head'}", setup.rank)
-    return model
-
-
-class Finetuning(Run):
-    """One run of one task: one setting, one seed."""
-
-    save_improvements = True
-
-    def __init__(self, config: FinetuneConfig, setup: Setup, head: Head, tokenizer: Tokenizer,
-                 train: Split, dev: Split):
-        self.head, self.train_split, self.dev = head, train, dev
-        micro = micro_batch_size(config, setup.world_size)
-        batches = LengthBuckets(
-            train.features, config.batch_size, micro, config.seed, setup.rank, setup.world_size
-        )
-        steps = config.epochs * batches.steps_per_epoch
-        model = build_model(config, head, setup)
-        super().__init__(config, setup, model, tokenizer, batches, round(config.warmup_ratio * steps), steps)
-        self.state |= {"epochs_without_gain": 0, "best": {}}
-
-    def resume(self) -> None:
-        super().resume()
-        best = self.state["best_step"]
-        if best > 0 and not (self.out / f"checkpoint-{best}").exists():  # set aside as damaged, or removed
-            say(f"warning: checkpoint-{best}, the best so far, is gone; now the best of the others counts",
-                self.setup.rank)
-            self.state |= {"best_score": -math.inf, "best_step": -1, "best": {}, "epochs_without_gain": 0}
-            if self.step % self.batches.steps_per_epoch == 0:
-                self.evaluate()
-                self._note_if_best()
-
-    def loss_sums(self, batch: Batch) -> tuple[Tensor, ...]:
-        scores = self.head.forward(self.wrapped, batch, self.setup.device)
-        return (self.head.loss(scores, batch) * batch.weight,)
-
-    def loss_counts(self, step: Step) -> list[int]:
-        return [step.num_groups]
-
-    def measure(self) -> dict[str, float]:
-        size = micro_batch_size(self.config, self.setup.world_size)
-        probabilities, loss = predict(self.model, self.head, self.dev.features, self.setup, size)
-        predictions = self.head.predictions(probabilities, self.dev.features, self.dev.examples)
-        return {"eval_loss": loss} | self.head.metrics(predictions, self.dev.examples)
-
-    def score(self, result: dict[str, float]) -> float:
-        value = result[next(iter(self.head.task.paper))]
-        return value if math.isfinite(value) else -math.inf
-
-    def shown(self, result: dict[str, float]) -> str:
-        return "dev: " + "  ".join(f"{name} {value:.4g}" for name, value in result.items())
-
-    def evaluate(self) -> dict[str, float]:
-        result = super().evaluate()
-        without = 0 if self._improved() else self.state["epochs_without_gain"] + 1
-        self.state["epochs_without_gain"] = without
-        if without == 0 or self.state["best_step"] < 0:  # a metric may be NaN in all epochs
-            self.state["best"] = result
-        return result
-
-    def is_over(self) -> bool:
-        patience = self.config.patience
-        return super().is_over() or 0 < patience <= self.state["epochs_without_gain"]
-
-    def plot(self) -> None:
-        plot_log(self.out, f"{self.config.task}, seed {self.config.seed}", "loss")
-
-    def finish(self) -> dict[str, Any]:
-        """Points `checkpoint` at the best model, deletes what only training needs, writes results.json."""
-        config, state = self.config, self.state
-        best_step = state["best_step"] if state["best_step"] > 0 else self.step
-        metrics = {name: value for name, value in state["best"].items() if name != "eval_loss"}
-        names = ("model scratch ranking batch_size peak_lr epochs warmup_ratio weight_decay dropout patience "
-                 "seq_len precision").split()
-        results = {
-            "task": config.task, "metrics": metrics, "seed": config.seed, "run": self.out.name,
-            **{name: getattr(config, name) for name in names},
-            "best_epoch": best_step / self.batches.steps_per_epoch, "eval_loss": state["best"]["eval_loss"],
-            "majority": majority_metrics(self.head, self.train_split.examples, self.dev.examples),
-            "examples": {"train": len(self.train_split.examples), "dev": len(self.dev.examples)},
-            "parameters": self.model.num_parameters(), "steps": self.step, "seconds": state["seconds"],
-        }
-        results = without_nan(results)
-        if self.setup.rank == 0:
-            # Killed at any point here, the next start trains the epochs behind the best one again, or finds
-            # results.json, which says that the rest is no longer needed.
-            best = self.out / f"checkpoint-{best_step}"
-            point_to(best)
-            for _, path in checkpoints(self.out):
-                if path != best:
-                    remove_checkpoint(path)
-            write_json(self.out / "results.json", results)
-            digests = read_json(best / "checksums.json")
-            write_json(best / "checksums.json", {n: d for n, d in digests.items() if n != "training.pt"})
-            (best / "training.pt").unlink(missing_ok=True)
-        return results
-
-
-def majority_metrics(head: Head, train: Sequence[Example], dev: Sequence[Example]) -> dict[str, float]:
-    """Returns the metrics of always giving the one answer that is right most often for train."""
-    return head.metrics([head.majority(train)] * len(dev), dev)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(without_nan(value), indent=1) + "\n").encode())
-
-
-def without_nan(value: Any) -> Any:
-    """Returns a JSON value with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def run_once(config: FinetuneConfig, setup: Setup, head: Head, tokenizer: Tokenizer, train: Split,
-             dev: Split) -> dict[str, Any]:
-    """Runs, or goes on with, one run; returns what results.json holds. A finished one is not repeated."""
-    out = Path(config.out)
-    weights = "random" if config.scratch else weights_of(config.model)
-    data = {"tokenizer": tokenizer.fingerprint, "training examples": train.digest,
-            "dev examples": dev.digest, "pretrained weights": weights}
-    described = {"command": {"kind": f"one run of {config.task}"}, "flags": asdict(config),
-                 "model": asdict(model_shape(config, head)), "data": data}
-    claim_directory(out, described, FREE_TO_CHANGE, setup.rank)
-    if (out / "results.json").exists():
-        return finished_results(out, setup.rank)
-    say(f"{out}: batch size {config.batch_size}, learning rate {config.peak_lr:g}, seed {config.seed}",
-        setup.rank)
-    run = Finetuning(config, setup, head, tokenizer, train, dev)
-    run.resume()
-    if not run.is_over():
-        run.loop(run.batches.steps_per_epoch)
-    return run.finish()
-
-
-def finished_results(out: Path, rank: int) -> dict[str, Any]:
-    """Returns the results of a finished run. Raises: ValueError where they are damaged."""
-    try:
-        results = read_json(out / "results.json")
-        if lacking := {"run", "metrics", "batch_size", "peak_lr", "seed"} - results.keys():
-            raise ValueError(f"{out / 'results.json'}: damaged, has no {min(lacking)}")
-    except ValueError as error:
-        raise ValueError(f"{error}; delete {out}, and the same command repeats that run") from None
-    say(f"{out} is finished", rank)
-    return results
-
-
-@functools.cache
-def weights_of(model: str) -> str:
-    """Returns a digest of a model's weights: a run that was begun with others must not go on with them."""
-    return "".join(map(checksum, weight_files(find_model(model))))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Several runs: seeds, sweep, ensemble, all tasks
+# Several runs: seeds and sweep (§5.1)
 # ----------------------------------------------------------------------------------------------------------
 
 
 def settings_of(config: FinetuneConfig) -> list[FinetuneConfig]:
-    """Returns the runs that one command asks for: each setting with each seed, in a directory of its own.
+    """The runs that one command asks for: each setting with each seed, in a directory of its own.
 
     CHOICE: §5.1 takes the median of 5 seeds without saying whether each setting had 5. Here each has, so
     that no setting is chosen for one lucky seed.
@@ -1341,171 +1156,170 @@ def settings_of(config: FinetuneConfig) -> list[FinetuneConfig]:
     count = config.seeds or (5 if config.sweep else 1)
     if count == 1 and not config.sweep:
         return [config]
-    batch_sizes = dict.fromkeys(config.sweep_batch_sizes if config.sweep else [config.batch_size])
-    lrs = dict.fromkeys(config.sweep_lrs if config.sweep else [config.peak_lr])
-    return [
-        replace(config, batch_size=size, peak_lr=lr, seed=config.seed + i,
-                out=str(Path(config.out) / f"batch{size}-lr{lr:g}-seed{config.seed + i}"))
-        for size in batch_sizes for lr in lrs for i in range(count)
-    ]
+    runs = []
+    for batch_size in config.sweep_batch_sizes if config.sweep else (config.batch_size,):
+        for lr in config.sweep_lrs if config.sweep else (config.peak_lr,):
+            for seed in range(config.seed, config.seed + count):
+                out = str(Path(config.out) / f"batch{batch_size}-lr{lr:g}-seed{seed}")
+                runs.append(replace(config, batch_size=batch_size, peak_lr=lr, seed=seed, out=out))
+    return runs
 
 
-def finetune(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
-    """Does what one command asks for one task, and returns what its results.json holds."""
-    head, out = head_of(config), Path(config.out)
-    for run in settings_of(config):
-        check(run)
-    if config.ensemble or len(settings_of(config)) > 1:
-        kind = f"{'ensemble' if config.ensemble else 'several runs'} of {config.task}"
-        claim_directory(out, {"command": {"kind": kind}}, set(), setup.rank)
-    if config.ensemble:
-        return ensemble(config, setup)
-    most = model_shape(config, head).max_tokens
-    config = replace(config, precision=setup.precision, seq_len=config.seq_len or min(most, 512))
-    if config.seq_len > most:
-        raise ValueError(f"--seq-len {config.seq_len} is more than the {most} tokens {config.model} takes")
-    if config.predict:  # a test file that can't be read should not come to light after training
-        read_examples(config.task, find_task(config.task, config.data), "test")
-    tokenizer = Tokenizer.from_pretrained(find_model(config.model))
-    check_tokenizer(tokenizer, model_shape(config, head))
-    train, dev = (load_split(config, split, tokenizer, out / "features", setup) for split in ("train", "dev"))
-    runs, results = settings_of(config), []
-    for run in runs:
-        try:
-            results.append(run_once(run, setup, head, tokenizer, train, dev))
-        except FloatingPointError as error:  # of several runs one may diverge, of which the table will tell
-            if len(runs) == 1:
-                raise
-            say(f"{run.out}: {error}", setup.rank)
-            results.append({"task": run.task, "metrics": {}, "run": Path(run.out).name, "error": str(error),
-                            "batch_size": run.batch_size, "peak_lr": run.peak_lr, "seed": run.seed})
+def finetune(config: FinetuneConfig, ranks: Ranks) -> dict[str, Any]:
+    """Does what one command asks for, and returns what its results.json holds."""
+    task, out, models = TASKS[config.task], Path(config.out), config.ensemble or (config.model,)
+    shape = roberta.read_config(models[0])
+    config = replace(config, precision=ranks.precision, seq_len=config.seq_len or min(shape.max_tokens, 512))
+    if config.seq_len > shape.max_tokens:
+        raise ValueError(f"--seq-len {config.seq_len} exceeds the {shape.max_tokens} that {models[0]} takes")
+    head, runs = head_of(task, config), settings_of(config)
+    if config.ensemble or config.eval_only:
+        return evaluate_models(head, models, ranks)
+
+    if config.predict:  # what is wrong with the test set should not come to light after days of training
+        read_examples(task, find_task(task, config.data), "test")
+    tokenizer = Tokenizer.from_pretrained(roberta.find_model(config.model))
+    roberta.check_tokenizer(tokenizer, shape)
+    splits = {name: load_split(head, name, tokenizer) for name in ("train", "dev")}
+
+    # Texts are read and encoded once for all runs. Each run keeps its own directory inside --out, so the same
+    # command goes on in the run that was interrupted.
+    if len(runs) > 1:
+        claim(config, ranks, f"several runs of {task.name}")
+    results = [run_or_read(head_of(task, run), ranks, tokenizer, splits) for run in runs]
     summary = summarize(results) if len(runs) > 1 else results[0]
     if len(runs) > 1:
-        write_results(out, summary, setup)
+        write_results(out, summary, ranks)
     if config.predict:
-        best = max(range(len(runs)), key=lambda i: primary(results[i]))
-        write_predictions([runs[best].out], config, setup)
+        best = max(zip(map(primary, results), range(len(runs))))[1]
+        write_predictions(head, [runs[best].out], out, ranks)
     return summary
 
 
 def primary(results: dict[str, Any]) -> float:
-    """Returns the metric that decides, -infinity where there is none."""
-    value = results["metrics"].get(next(iter(TASKS[results["task"]].paper)))
+    """The metric that decides, -infinity where it is undefined."""
+    value = results["metrics"][TASKS[results["task"]].metric]
     return -math.inf if value is None else value
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the median over the seeds of the setting with the best median, its spread, and all runs."""
+    """The median over the seeds of the setting with the best median, its spread, and all runs."""
     settings: dict[tuple, list[dict]] = {}
     for result in results:
         settings.setdefault((result["batch_size"], result["peak_lr"]), []).append(result)
     medians = {setting: statistics.median(map(primary, runs)) for setting, runs in settings.items()}
-    chosen = max(medians, key=medians.get)
-    finished = [run for run in settings[chosen] if run["metrics"]]
-    if not finished:
-        raise FloatingPointError("all runs diverged; try a lower --peak-lr or --sweep-lrs")
-    first = finished[0]
-    by_name = {name: [run["metrics"][name] for run in finished if run["metrics"][name] is not None]
-               for name in first["metrics"]}
-    return {
-        "task": first["task"], "metrics": {n: statistics.median(v) for n, v in by_name.items() if v},
-        "spread": {n: [min(v), max(v)] for n, v in by_name.items() if v}, "seeds": len(settings[chosen]),
-        "batch_size": chosen[0], "peak_lr": chosen[1], "scratch": first["scratch"],
-        "majority": first["majority"],
-        "settings": [{"batch_size": s[0], "peak_lr": s[1], "median": None if m == -math.inf else m}
-                     for s, m in medians.items()],
-        "runs": results,
-    }
+    runs = settings[max(medians, key=medians.get)]
+    # A correlation may be undefined in a run; it is left out.
+    metrics, spread = {}, {}
+    for name in runs[0]["metrics"]:
+        values = [run["metrics"][name] for run in runs if run["metrics"][name] is not None] or [math.nan]
+        metrics[name], spread[name] = statistics.median(values), [min(values), max(values)]
+    return {name: runs[0][name] for name in ("task", "scratch", "batch_size", "peak_lr", "majority")} | {
+        "metrics": metrics, "spread": spread, "seeds": len(runs), "runs": results}
 
 
-def table(summaries: Iterable[dict[str, Any]]) -> str:
-    """Returns results beside the paper's as a Markdown table: in per cent, with the range over seeds."""
-    columns = ["task", "metric", "here", "majority", "paper BASE", "paper LARGE", "runs", "setting"]
+def table(summary: dict[str, Any]) -> str:
+    """Results beside the paper's as a Markdown table: in per cent, with the range over seeds."""
+    task = TASKS[summary["task"]]
+    columns = "task metric here majority paper-BASE paper-LARGE runs setting".split()
     rows = [columns, ["---"] * len(columns)]
-    for summary in summaries:
-        task = summary["task"]
-        percent = 1 if task.startswith("squad") else 100  # the official scripts print per cent
-        run = f"batch {summary['batch_size']}, {summary['peak_lr']:g}" if "peak_lr" in summary else "ensemble"
-        for name, paper in TASKS[task].paper.items():
-            value, same = (summary[key].get(name) for key in ("metrics", "majority"))
-            low_high = summary.get("spread", {}).get(name, [])
-            value, same, *low_high = (None if v is None else v * percent for v in (value, same, *low_high))
-            here, *others = ("–" if v is None else f"{v:.1f}" for v in (value, same, *paper))
-            here += " ({:.1f} to {:.1f})".format(*low_high) if low_high else ""
-            runs = summary.get("seeds", len(summary.get("ensemble", "1")))
-            rows.append([task, name, here, *others, str(runs), run])
+    runs = str(summary.get("seeds") or len(summary.get("models", "1")))
+    setting = "batch {batch_size}, {peak_lr:g}".format(**summary) if "peak_lr" in summary else "as trained"
+
+    def per_cent(value: float | None) -> str:
+        percent = 1 if task.name.startswith("squad") else 100
+        return "–" if value is None else f"{value * percent:.1f}"
+
+    for name, paper in task.paper.items():
+        here, majority = (per_cent(summary[key].get(name)) for key in ("metrics", "majority"))
+        if "spread" in summary:
+            here += " ({} to {})".format(*map(per_cent, summary["spread"][name]))
+        base, large = ("–" if figure is None else f"{figure}" for figure in paper)
+        rows.append([task.name, name, here, majority, base, large, runs, setting])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def write_results(out: Path, results: dict[str, Any], setup: Setup) -> None:
-    """Writes results.json and, as a table, results.md."""
-    if setup.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "results.json", results)
-        write_atomically(out / "results.md", table(results.get("tasks", {"": results}).values()).encode())
+def write_results(out: Path, results: dict[str, Any], ranks: Ranks) -> None:
+    """Writes results.md and then results.json, which says that all is done."""
+    if ranks.rank == 0:
+        data.write_atomically(out / "results.md", table(results).encode())
+        data.write_json(out / "results.json", results)
 
 
-def average(
-    runs: Sequence[str], config: FinetuneConfig, split: str, setup: Setup
-) -> tuple[Head, Split, np.ndarray]:
-    """Returns head, split, and the mean over runs of what their models give each input (§5.1, ensembles)."""
-    total, first = 0.0, None
-    for path in runs:
-        described = read_json(Path(path) / "run.json")
-        kind, flags = described.get("command", {}).get("kind", "a pretraining run"), described.get("flags")
-        if kind != f"one run of {config.task}":
-            raise ValueError(f"{path} is {kind}, not one run of {config.task}")
-        names = ("seq_len", "ranking", "doc_stride", "max_question_tokens", "skip_bad_rows")
-        own = replace(config, **{name: flags[name] for name in names})
-        head, tokenizer = head_of(own), Tokenizer.from_pretrained(find_model(path))
-        found = load_split(own, split, tokenizer, Path(config.out) / "features", setup)
-        model = head.model_class.from_pretrained(find_model(path)).to(setup.device)
-        probabilities, _ = predict(model, head, found.features, setup, config.micro_batch_size or 32)
-        first = first or (head, found)
-        if type(head) is not type(first[0]) or (
-            isinstance(head, Spans) and not np.array_equal(found.features.ids, first[1].features.ids)
-        ):
-            raise ValueError(f"{path} and {runs[0]} cannot be averaged: other tokens, or other scores")
-        total = total + probabilities
-    return *first, total / len(runs)
+# ----------------------------------------------------------------------------------------------------------
+# Finished models: evaluation, ensembles (§5.1), predictions to hand in
+# ----------------------------------------------------------------------------------------------------------
 
 
-def write_predictions(runs: Sequence[str], config: FinetuneConfig, setup: Setup) -> None:
-    """Writes what the runs, averaged, answer on the test set; where there is none, on the dev set."""
-    has_test = bool(split_files(config.task, find_task(config.task, config.data), "test"))
-    head, split, probabilities = average(runs, config, "test" if has_test else "dev", setup)
-    predictions = head.predictions(probabilities, split.features, split.examples)
-    files = head.files(predictions, split.examples)
-    if has_test and split.features.labelled:  # RACE's: the paper's figures are for it
-        metrics = head.metrics(predictions, split.examples)
-        files["test_metrics.json"] = json.dumps(without_nan(metrics), indent=1) + "\n"
-        say("test: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()), setup.rank)
-    if setup.rank == 0:
-        for name, content in files.items():
-            write_atomically(Path(config.out) / name, content.encode())
-    say(f"wrote {', '.join(str(Path(config.out) / name) for name in files)}: "
-        f"{'test' if has_test else 'no test set, so the dev'} predictions of {' + '.join(runs)}", setup.rank)
-
-
-def ensemble(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
-    """Averages finished runs; a sweep's directory stands for all runs of its best setting."""
-    runs: list[str] = []
-    for path in dict.fromkeys(config.ensemble):
-        if not (Path(path) / "results.json").exists():
-            raise ValueError(f"{path}: no finished run (no results.json)")
-        results = read_json(Path(path) / "results.json")
-        best = [results.get(name) for name in ("batch_size", "peak_lr")]
-        chosen = [r["run"] for r in results.get("runs", []) if [r["batch_size"], r["peak_lr"]] == best]
-        runs += [f"{path}/{name}" for name in chosen] or [path]
-    head, dev, probabilities = average(runs, config, "dev", setup)
-    metrics = head.metrics(head.predictions(probabilities, dev.features, dev.examples), dev.examples)
-    train = read_examples(config.task, find_task(config.task, config.data), "train", config.skip_bad_rows)
-    results = {"task": config.task, "metrics": metrics, "ensemble": runs,
-               "majority": majority_metrics(head, train, dev.examples)}
-    write_results(Path(config.out), results, setup)
+def evaluate_models(head: Head, models: Sequence[str], ranks: Ranks) -> dict:
+    """--eval-only: one model on the dev set. --ensemble: the average of several."""
+    task, config, out = head.task, head.config, Path(head.config.out)
+    # A run that is not finished would give some checkpoint of its own.
+    for path in config.ensemble:
+        found = Path(path) / "results.json"
+        if not found.exists() or data.read_json(found).get("task") != task.name:
+            raise ValueError(f"{path} is no finished run of {task.name}")
+    claim(config, ranks, f"an evaluation on {task.name}")
+    dev, predictions = average(head, models, "dev", ranks)
+    training = read_examples(task, find_task(task, config.data), "train", config.skip_bad_rows)
+    results = {"task": task.name, "models": list(models),
+               "metrics": metrics_of(task, predictions, dev.examples),
+               "majority": majority_metrics(task, training, dev.examples)}
     if config.predict:
-        write_predictions(runs, config, setup)
+        write_predictions(head, models, out, ranks)
+    write_results(out, results, ranks)
     return results
+
+
+def average(head: Head, models: Sequence[str], name: str, ranks: Ranks) -> tuple[Split, list]:
+    """A split, and what is predicted from the mean over the models of their probabilities (§5.1)."""
+    tokenizer = Tokenizer.from_pretrained(roberta.find_model(models[0]))
+    split, total = load_split(head, name, tokenizer), 0.0
+    # One model in memory at a time. They are to agree in what an item is, so in the tokenizer.
+    for path in models:
+        model = roberta.open_model(path)
+        if not has_head(head, model):
+            raise ValueError(f"{path} has no head for {head.task.name}; fine-tune it, without --eval-only")
+        if Tokenizer.from_pretrained(roberta.find_model(path)).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"{path} and {models[0]} cannot be averaged: they have different tokenizers")
+        probabilities, _ = predict(model.to(ranks.device), head, split, ranks)
+        total = total + probabilities
+    return split, head.decide(total / len(models), split.items, split.examples)
+
+
+def write_predictions(head: Head, models: Sequence[str], out: Path, ranks: Ranks) -> None:
+    """Writes what the models, averaged, answer on the test set; where there is none, on the dev set."""
+    name = "test" if split_files(head.task, find_task(head.task, head.config.data), "test") else "dev"
+    split, predictions = average(head, models, name, ranks)
+    files = prediction_files(head.task, predictions, split.examples)
+    for file, content in files.items() if ranks.rank == 0 else ():
+        data.write_atomically(out / file, f"{content}\n".encode())
+    say(f"predictions of {', '.join(models)} for the {name} set are in {out}: {', '.join(files)}")
+
+
+def prediction_files(task: Task, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
+    """Name and content of the files in which predictions are handed in."""
+    if task.name.startswith("squad"):
+        # The official scripts read these; of predictions.json, and of spans.json with na_prob.json (the best
+        # over thresholds), they print the metrics of results.json.
+        answers = {example.id: answer for example, answer in zip(examples, predictions)}
+        files = {"predictions.json": {id: answer.text for id, answer in answers.items()},
+                 "spans.json": {id: answer.span for id, answer in answers.items()},
+                 "na_prob.json": {id: answer.no_answer for id, answer in answers.items()}}
+        return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
+    if task.name == "race":
+        # By passage the letters of its questions, as RACE's own "answers" are.
+        letters: dict[str, list[str]] = {}
+        for example, choice in zip(examples, predictions):
+            letters.setdefault(example.id.rpartition("-")[0], []).append(task.labels[choice])
+        return {"RACE.json": json.dumps(letters, indent=1)}
+    # What GLUE's server takes.
+    names = {"matched": "MNLI-m", "mismatched": "MNLI-mm", "AX": "AX", "": task.folder}
+    rows = {names[example.part]: ["index\tprediction"] for example in examples}
+    for example, value in zip(examples, predictions):
+        written = task.labels[value] if task.labels else f"{min(max(value, 0), 5):.3f}"
+        rows[names[example.part]].append(f"{example.id}\t{written}")
+    return {f"{name}.tsv": "\n".join(lines) for name, lines in rows.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1513,79 +1327,34 @@ def ensemble(config: FinetuneConfig, setup: Setup) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def check(config: FinetuneConfig) -> None:
-    """Raises ValueError for values that no run can have."""
-    check_values(config)
-    for name in ("epochs", "doc_stride", "max_question_tokens", "max_answer_tokens"):
-        at_least(config, name, 1)
-    at_least(config, "patience", 0)
-    in_range(config, "seeds", 1, 1000)
-    at_least(config, "seq_len", 16)
-    in_range(config, "warmup_ratio", 0, 1)
-
-
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
-    """Returns the flags that were given."""
-    epilog = "The defaults shown are GLUE's. "
-    for task, names in (("squad1", "squad1 and squad2"), ("race", "race")):
-        changed = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in table_10(task).items()
-                            if not name.startswith("sweep"))
-        epilog += f"{names}: {changed}. "
-    parser = argparse.ArgumentParser("finetune.py", None, "Fine-tune RoBERTa.", epilog, allow_abbrev=False)
-    add_flags(parser, FinetuneConfig)
+    """The flags that were given. --help shows the defaults of the task that is named, else GLUE's."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--task", choices=TASKS, default="cola")
+    defaults = table_10(finder.parse_known_args(argv)[0].task)
+    parser = argparse.ArgumentParser("finetune.py", None, "Fine-tune RoBERTa.", allow_abbrev=False)
+    data.add_flags(parser, replace(FinetuneConfig(), **defaults))
     return vars(parser.parse_args(argv))
 
 
-def config_of(task: str, given: dict[str, Any]) -> FinetuneConfig:
-    """Returns Table 10's settings of a task with the flags' changes."""
-    config = replace(FinetuneConfig(), **table_10(task) | given | {"task": task})
-    return replace(config, out=config.out or f"runs/{task}{'-ensemble' * bool(config.ensemble)}")
+def config_of(given: dict[str, Any]) -> FinetuneConfig:
+    """Table 10's settings of a task with the flags' changes. Raises: ValueError for what makes no sense."""
+    for name in ("task", "data") if given.get("ensemble") else ("task", "data", "model"):
+        if not given.get(name):
+            raise ValueError(f"--{name} is missing; --help says what it takes")
+    if given.get("sweep") and {"batch_size", "peak_lr"} & given.keys():
+        raise ValueError("--sweep goes by --sweep-batch-sizes and --sweep-lrs; drop --batch-size, --peak-lr")
+    config = replace(FinetuneConfig(), **table_10(given["task"]) | given)
+    data.check_flags(config)
+    return replace(config, out=config.out or f"runs/{config.task}{'-ensemble' if config.ensemble else ''}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = parse(argv)
-    rank = ranks_of_environment()[0]
-    config = config_of(given.get("task", "all"), given)
-    shown = {name: value for name, value in asdict(config).items() if value not in (None, ())}
-    say("  ".join(f"{name}={value}" for name, value in shown.items()), rank)
-    with clean_end(unfit=2):
-        summaries = run_command(config, given)
-        say("\n" + table(summaries), rank)
-
-
-def run_command(config: FinetuneConfig, given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Does one task or, with --task all, each that --data holds; returns the results of each."""
-    if not config.data:
-        raise ValueError("--data is missing: the folder of the tasks (glue/, squad/, RACE/) or a task's own")
-    if not config.model and not config.ensemble:
-        raise ValueError("--model is missing: a run directory of train.py, or a saved model")
-    if config.sweep and {"batch_size", "peak_lr"} & given.keys():
-        raise ValueError("--sweep has no use for --batch-size and --peak-lr; give --sweep-batch-sizes and "
-                         "--sweep-lrs instead")
-    check(config)
-    setup = set_up(config.precision, config.timeout)
-    with locked(Path(config.out), setup.rank):
-        return _run_tasks(config, given, setup)
-
-
-def _run_tasks(config: FinetuneConfig, given: dict[str, Any], setup: Setup) -> list[dict[str, Any]]:
-    if config.task != "all":
-        return [finetune(config, setup)]
-    found = [task for task in TASKS if any(split_files(task, directory, "train") for directory in
-                                           task_directories(task, config.data)[:2])]
-    if not found:
-        raise ValueError(f"{config.data}: none of the tasks {', '.join(TASKS)} is in it")
-    if config.ensemble or config.ranking:
-        raise ValueError("--ensemble and --ranking are for one --task")
-    for task in found:  # what is wrong with the last task's files should not come to light after days
-        for split in ("train", "dev"):
-            read_examples(task, find_task(task, config.data), split, config.skip_bad_rows)
-    claim_directory(Path(config.out), {"command": {"kind": "all tasks"}}, set(), setup.rank)
-    results = {}
-    for task in found:
-        results[task] = finetune(config_of(task, given | {"out": str(Path(config.out) / task)}), setup)
-        write_results(Path(config.out), {"tasks": results}, setup)
-    return list(results.values())
+    with train.clean_end(unfit=2):
+        config = config_of(parse(argv))
+        say("  ".join(f"{name}={value}" for name, value in asdict(config).items() if value not in (None, ())))
+        with train.held_by_first_rank(Path(config.out)):
+            say("\n" + table(finetune(config, train.set_up(config))))
 
 
 if __name__ == "__main__":

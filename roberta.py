@@ -1,487 +1,663 @@
-"""The RoBERTa model (Liu et al. 2019): a Transformer encoder that predicts masked tokens, and heads to put it
-to use.
+"""The RoBERTa model (Liu et al. 2019): a Transformer encoder, its head that guesses tokens, its task heads.
 
     python roberta.py runs/tiny "Returns a new array of given <mask> and type."
-    python roberta.py export runs/tiny exported --format fairseq
 
-The architecture is BERT's (§2); what RoBERTa changed is how it is trained (train.py) and what it reads
-(data.py). The first half of the file follows a token upwards: config, embeddings, self-attention, block,
-encoder, heads. The second half is about files, ours, Hugging Face's and fairseq's: what they call the
-weights, finding and opening them, and writing fairseq's.
+The architecture is BERT's (§2); what RoBERTa changed is how it is trained (train.py) and on what (data.py).
+Part I follows a token upwards: config, embeddings, attention, block, encoder; then how the weights start, the
+head that guesses tokens, and the heads of the tasks of §5. From data.py come `Tokenizer`, which turns text
+into ids and back, and `join`, which puts `<s>` before the ids of a text and `</s>` behind them.
 
-Legend: B micro-batch, T tokens, M predicted positions, C hidden_size, H heads, D head_size = C / H,
-F intermediate_size, V vocabulary. Batch first. Masks are bool, True = real token.
+Part II is about files: ours, Hugging Face's and those of fairseq, the toolkit of the paper's authors. What
+Part I needs of it: `load_model` and `save_model` read and write a model, `check_config` and `check_tokenizer`
+refuse what cannot work, `label_names` fills in the names of a task's labels, and `evaluating` turns dropout
+off for a while.
+
+`DIFFERS:` tags a departure from the paper, `CHOICE:` what it leaves open. Legend: B micro-batch, T tokens,
+M predicted places, C hidden_size, H heads, D head_size = C / H, F intermediate_size (in code, F is
+torch.nn.functional), V vocabulary, N candidate answers. Batch first. Masks are bool, True = real token.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import io
 import json
-import os
-import pickle
-import pickletools
+import math
 import re
-import shutil
 import sys
 import zipfile
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from data import Tokenizer
+from data import BOS, EOS, PAD, Tokenizer, join, read_json, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------
-# Config
+# Part I: what the paper says
 # ----------------------------------------------------------------------------------------------------------
 
-# Upper limits, 1 << 24 for other sizes: an absurd number in a file must not fill the memory.
-LIMITS = {"num_labels": 1 << 16, "num_hidden_layers": 1 << 12}
+# ----------------------------------------------------------------------------------------------------------
+# Config: the sizes of Table 9
+# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RobertaConfig:
-    """A model's shape, by the names of Hugging Face's config.json; the defaults are BASE's (Table 9)."""
+    """The shape of a model, by the names of Hugging Face's config.json; the defaults are BASE's (Table 9).
+
+    Table 9 lists the settings of pretraining: here are its sizes and dropout rates, in train.py the rest.
+    Nearly all weights are in three places: the token embedding, V x C, and in each block the four matrices
+    of attention, C x C, and the two of the feed-forward part, C x F and F x C. For BASE:
+
+    >>> base = RobertaConfig.base()
+    >>> base.vocab_size * base.hidden_size
+    38603520
+    >>> block = 4 * base.hidden_size**2 + 2 * base.hidden_size * base.intermediate_size
+    >>> base.num_hidden_layers * block
+    84934656
+    """
 
     vocab_size: int = 50265
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 514  # 512 positions: numbering starts behind the padding id, at 2
-    type_vocab_size: int = 1  # 2 for the segment formats of §4.2; one type needs no embedding at all
+    intermediate_size: int = 3072  # four times hidden_size, in every published model
+    hidden_dropout_prob: float = 0.1  # of the embeddings and of each sub-layer's output
+    attention_probs_dropout_prob: float = 0.1  # of the attention weights
+    max_position_embeddings: int = 514  # rows of the table: 512 positions and 2 more, see position_ids
+    type_vocab_size: int = 1  # 2 for the formats of §4.2 that read two segments
     layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    pad_token_id: int = 1
-    bos_token_id: int = 0
-    eos_token_id: int = 2
-    hidden_act: str = "gelu"  # the exact one, with erf
-    tie_word_embeddings: bool = True  # the LM head scores tokens with their own embedding
-    classifier_dropout: float | None = None  # of a classification head; none: hidden_dropout_prob
-    num_labels: int | None = None  # of a classification head, 1: regression; none: those of id2label, or 2
-    answerability: bool = False  # of a question-answering head: SQuAD v2.0's classifier, §3
-    id2label: dict[int, str] = field(default_factory=dict)  # label names; none: LABEL_0, LABEL_1, ...
+    initializer_range: float = 0.02  # the standard deviation with which matrices start
+    pad_token_id: int = PAD  # <pad>
+    bos_token_id: int = BOS  # <s>
+    eos_token_id: int = EOS  # </s>
+    hidden_act: str = "gelu"  # the exact one, with erf; check_config takes no other
+    classifier_dropout: float | None = None  # of a classification head; None: hidden_dropout_prob
+    num_labels: int | None = None  # of a classification head; 1: it gives a number; None: as id2label, or 2
+    id2label: dict[int, str] = field(default_factory=dict)  # their names; empty: LABEL_0, LABEL_1, ...
+    answerability: bool = False  # of a question-answering head: SQuAD v2.0's classifier (§3)
 
     def __post_init__(self) -> None:
-        for f in fields(self):  # types are text here, such as "int | None"
-            value, kind = getattr(self, f.name), f.type.split(" ")[0]
-            if value is None and "None" in f.type:
-                continue
-            low, high = 0 if f.name.endswith("_id") else 1, LIMITS.get(f.name, 1 << 24)
-            if kind == "int" and not (type(value) is int and low <= value < high):
-                raise ValueError(f"{f.name} {value!r} must be a whole number from {low} to {high - 1}")
-            if kind == "float" and not (type(value) in (int, float) and 0 <= value < 1):
-                raise ValueError(f"{f.name} {value!r} must be a number from 0 to less than 1")
-            if kind == "bool" and type(value) is not bool:
-                raise ValueError(f"{f.name} {value!r} must be true or false")
-            if f.name.endswith("_id") and value >= self.vocab_size:
-                raise ValueError(f"{f.name} {value} lies outside vocab_size {self.vocab_size}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
-                             f"{self.num_attention_heads}")
-        if self.max_tokens < 3:
-            raise ValueError(f"max_position_embeddings {self.max_position_embeddings} with pad_token_id "
-                             f"{self.pad_token_id} leaves {self.max_tokens} positions; a text needs 3")
-        if self.hidden_act != "gelu":
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not RoBERTa's; only 'gelu' (exact) is built")
-        try:
-            names = {int(i): str(name) for i, name in self.id2label.items()}  # JSON's keys are strings
-        except (AttributeError, TypeError, ValueError):
-            raise ValueError(f"id2label {self.id2label!r} must give numbers names") from None
-        count = self.num_labels or len(names) or 2
-        if all(name == f"LABEL_{i}" for i, name in names.items()):
-            names = {i: f"LABEL_{i}" for i in range(count)}
-        if sorted(names) != list(range(count)):
-            raise ValueError(f"num_labels {count}, but id2label names {len(names)}: {names}")
-        object.__setattr__(self, "id2label", names)
-        object.__setattr__(self, "num_labels", count)
-
-    def to_json(self, architecture: str) -> str:
-        """Returns the text of a config.json that Hugging Face's classes read as well."""
-        entries = asdict(self) | {"model_type": "roberta", "architectures": [architecture]}
-        entries["label2id"] = {name: i for i, name in self.id2label.items()}
-        return json.dumps(entries, indent=2) + "\n"
+        check_config(self)
+        # The number of labels and their names say the same thing, so either may be left out.
+        names = label_names(self.num_labels, self.id2label)
+        object.__setattr__(self, "id2label", names)  # the way in where a dataclass is frozen
+        object.__setattr__(self, "num_labels", len(names))
 
     @property
     def max_tokens(self) -> int:
         """The longest input, `<s>` and `</s>` included: 512 for the published models."""
+        # No real token gets a row up to the padding id's, see position_ids.
         return self.max_position_embeddings - self.pad_token_id - 1
 
-    @property
-    def head_dropout(self) -> float:
-        """The dropout of a classification head."""
-        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+    def to_json(self, architecture: str) -> str:
+        """Returns the text of a config.json that Hugging Face's classes read as well."""
+        entries = asdict(self) | {"model_type": "roberta", "architectures": [architecture]}
+        # Its classes want the names of labels both ways round, and to be told that the LM head is tied.
+        entries |= {"label2id": {name: i for i, name in self.id2label.items()}, "tie_word_embeddings": True}
+        return json.dumps(entries, indent=2) + "\n"
 
     @classmethod
-    def tiny(cls, **changes) -> RobertaConfig:
-        """A model for a laptop: learns in minutes on two cores.
-
-        CHOICE: no dropout, because a few minutes of training see no text often enough to overfit, and
-        initializer_range 0.06, because N(0, 0.02) is made for rows of 768: with narrow rows the activations
-        start so small that the first thousand steps pass on the plateau of the unigram distribution.
-        """
+    def tiny(cls, **changes: Any) -> RobertaConfig:
+        """A model for a laptop, 1M parameters: learns in minutes on two cores."""
+        # CHOICE: no dropout, because a few minutes of training see no text often enough to overfit.
+        # CHOICE: initializer_range 0.06, because 0.02 suits vectors of 768 numbers, see Initialisation.
         tiny = cls(vocab_size=4096, hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
                    intermediate_size=512, max_position_embeddings=130, hidden_dropout_prob=0.0,
                    attention_probs_dropout_prob=0.0, initializer_range=0.06)
         return replace(tiny, **changes)
 
     @classmethod
-    def base(cls, **changes) -> RobertaConfig:
+    def base(cls, **changes: Any) -> RobertaConfig:
         """BASE (Table 9), 125M parameters with its LM head."""
         return cls(**changes)
 
     @classmethod
-    def large(cls, **changes) -> RobertaConfig:
+    def large(cls, **changes: Any) -> RobertaConfig:
         """LARGE (Table 9), 355M parameters with its LM head."""
+        # Twice as deep and a third wider. A head stays at 64 numbers; there are more of them.
         large = cls(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
         return replace(large, **changes)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Embeddings
+# Embeddings: where order enters
 # ----------------------------------------------------------------------------------------------------------
 
 
+def position_ids(input_ids: Tensor, pad_token_id: int) -> Tensor:
+    """Returns which row of the position table each token takes, (B, T) -> (B, T).
+
+    Real tokens count upwards from pad_token_id + 1, as in fairseq; padding gets row pad_token_id, which is
+    zero. So padding, wherever it stands, moves no real token. As the padding id is 1, row 0 is never used and
+    row 1 is padding's: 512 positions need a table of 514 rows. Here "Hello world" (31414, 232) between `<s>`
+    (0) and `</s>` (2) is padded (1) behind and in front:
+
+    >>> position_ids(torch.tensor([[0, 31414, 232, 2, 1, 1], [1, 1, 0, 31414, 232, 2]]), pad_token_id=1)
+    tensor([[2, 3, 4, 5, 1, 1],
+            [1, 1, 2, 3, 4, 5]])
+    """
+    real = (input_ids != pad_token_id).long()
+    # The running sum numbers the real tokens 1, 2, 3, ...; the product puts padding back to 0.
+    return real.cumsum(1) * real + pad_token_id
+
+
 class Embeddings(nn.Module):
-    """Token plus learned position (and with two types, segment) embeddings, normalised (BERT §3)."""
+    """What enters the encoder: the sum of a token's embedding, its position's and its type's (BERT §3).
+
+    Attention compares every token with every other and does not see where they stand: without positions
+    each word of "dog bites man" would come out just as in "man bites dog". So each position has a learned
+    vector of its own, which is added to the token's.
+    """
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.pad_token_id, self.max_tokens = config.pad_token_id, config.max_tokens
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.positions = nn.Embedding(
-            config.max_position_embeddings, config.hidden_size, padding_idx=config.pad_token_id
-        )
-        # DIFFERS: with a single token type its embedding is one constant row added everywhere; it is left out
-        # here and folded into the positions when a checkpoint brings one (§4.2: RoBERTa feeds no segment
-        # pairs).
-        self.token_types = (
-            nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size > 1 else None
-        )
+        # Three tables of rows of C numbers, looked up by row number. (`embedding` and `linear` are defined
+        # under Initialisation: torch's layers, with weights drawn as BERT's are.)
+        self.tokens = embedding(config, config.vocab_size, padding_idx=config.pad_token_id)
+        self.positions = embedding(config, config.max_position_embeddings, padding_idx=config.pad_token_id)
+        # BERT pretrains on two segments at once, and the type says which of them a token is from. RoBERTa
+        # does not (§4.2), and in a task's pair of texts only `</s></s>` parts the two. So it has one type:
+        # the same vector for every token, kept because Hugging Face's files have it, where it is 0. So it
+        # begins here.
+        self.token_types = embedding(config, config.type_vocab_size)
+        if config.type_vocab_size == 1:
+            nn.init.zeros_(self.token_types.weight)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        # The table of positions has a fixed length: BASE has no vector for a token 513.
         if input_ids.shape[1] > self.max_tokens:
-            raise ValueError(f"{input_ids.shape[1]} tokens are too many for {self.max_tokens} positions; "
-                             "shorten the text")
-        # fairseq counts positions from pad_token_id + 1 over what is no padding: that keeps the row of zeros,
-        # wherever it stands, and a padded row sees the same positions as the same row alone.
-        real = (input_ids != self.pad_token_id).long()
-        position_ids = real.cumsum(1) * real + self.pad_token_id  # (B, T)
-        embedded = self.tokens(input_ids) + self.positions(position_ids)  # (B, T) -> (B, T, C)
-        if self.token_types is not None:
-            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            embedded = embedded + self.token_types(types)
+            raise ValueError(f"{input_ids.shape[1]} tokens for {self.max_tokens} positions; shorten the text")
+        positions = self.positions(position_ids(input_ids, self.pad_token_id))
+        # Unless the caller says otherwise, all tokens are of type 0: one row, added to all.
+        types = self.token_types.weight[0] if token_type_ids is None else self.token_types(token_type_ids)
+        # A sum, not a concatenation: in 768 dimensions there is room for all three, and learning keeps them
+        # apart as far as it needs to.
+        embedded = self.tokens(input_ids) + positions + types  # (B, T) -> (B, T, C)
         return self.dropout(self.norm(embedded))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Self-attention, block, encoder
+# Attention
 # ----------------------------------------------------------------------------------------------------------
 
 
+def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, may_attend: Tensor) -> Tensor:
+    """Returns softmax(q k^T / sqrt(D)) v, the formula that torch's kernel computes in SelfAttention.
+
+    Each token asks for something (its query, a row of q), says what it has to offer (its key, in k), and has
+    something to pass on (its value, in v). What a token receives is the average of all values, weighted by
+    how well their keys fit its query. If all keys fit alike, that is the plain average; a token that may not
+    be attended to counts for nothing, whatever its value:
+
+    >>> v = torch.tensor([[[[1.0], [3.0], [80.0]]]])  # B = H = D = 1, T = 3
+    >>> may_attend = torch.tensor([True, True, False])
+    >>> attention_by_hand(torch.zeros_like(v), torch.zeros_like(v), v, may_attend).flatten()
+    tensor([2., 2., 2.])
+
+    q, k, v and the result: (B, H, T, D). may_attend: bool, True where a query (second-to-last axis) may see a
+    key (last axis); of shape (B, H, T, T), or one that broadcasts to it.
+    """
+    # How well each query fits each key. A sum of D products grows as sqrt(D), and a softmax of large numbers
+    # picks a single one and passes on no gradient; hence the division.
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, T, D) -> (B, H, T, T)
+    # Minus infinity becomes a weight of exactly 0. (-1e9 would too, but it does not fit into fp16.)
+    scores = scores.masked_fill(~may_attend, -math.inf)
+    weights = scores.softmax(-1)
+    return weights @ v  # (B, H, T, T) x (B, H, T, D) -> (B, H, T, D)
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, §3.2), each token looking at every real token."""
+    """Multi-head self-attention (Vaswani et al. 2017, §3.2): each token looks at all real tokens.
+
+    A model that predicts the next token may look only to the left. This one predicts hidden tokens, for which
+    the right helps as much: the B of BERT stands for bidirectional. There are several heads because one
+    softmax gives one average, and a verb may want to see its subject and its object apart.
+    """
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # The matrices are square: H heads of D = C / H numbers make C numbers together, so that many heads
+        # cost no more than one.
+        self.q_proj = linear(config, config.hidden_size, config.hidden_size)
+        self.k_proj = linear(config, config.hidden_size, config.hidden_size)
+        self.v_proj = linear(config, config.hidden_size, config.hidden_size)
+        self.out_proj = linear(config, config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, may_attend: Tensor) -> Tensor:
-        def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+        # Queries, keys and values are three products with the same input; one product with the three
+        # matrices on top of each other is the same, and keeps the device busier.
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])  # (3C, C)
+        bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
+        projected = F.linear(hidden, weight, bias)  # (B, T, C) -> (B, T, 3C)
 
-        q, k, v = heads(self.q_proj(hidden)), heads(self.k_proj(hidden)), heads(self.v_proj(hidden))
-        # softmax(q k^T / sqrt(D)) v, in one kernel that never stores the (T, T) matrix where the device has
-        # one.
+        # Cut into three, and each into H heads of D numbers.
+        projected = projected.unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, D)
+        q, k, v = projected.permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
+
+        # The kernel is attention_by_hand with dropout on the weights. Where the device can, it never stores
+        # the (T, T) weights, which for long inputs would be most of the memory.
         dropout = self.dropout_prob if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
+
+        # The heads side by side again, mixed by a last matrix.
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Block
+# ----------------------------------------------------------------------------------------------------------
+
+
 class Block(nn.Module):
-    """A Transformer layer. Post-LN: each sub-layer's output is added to its input, the sum normalised."""
+    """A Transformer layer: attention moves information between tokens, the feed-forward part works on each.
+
+    These two sub-layers add to their input instead of replacing it, so that a block need only learn what to
+    change, and gradients have a shortcut past it. RoBERTa is post-LN, as the first Transformer was: it
+    normalises the sum, which keeps vectors of one size in all layers, but puts a LayerNorm on the shortcut.
+    At the start of training the gradients near the output are then large and noisy (Xiong et al. 2020), and
+    Adam, which divides by their size, makes steps about as long as the rate in every weight, however little
+    their direction is worth as long as its averages rest on few of them. Hence the warm-up (Table 9), which
+    begins with tiny steps; pre-LN models, which normalise a sub-layer's input instead, can do without one.
+    """
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.attention = SelfAttention(config)
         self.attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.ffn_in = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.ffn_out = nn.Linear(config.intermediate_size, config.hidden_size)
+        # C -> F -> C, with a non-linearity (GELU) in between, without which two matrices could do no more
+        # than one.
+        self.ffn_in = linear(config, config.hidden_size, config.intermediate_size)
+        self.ffn_out = linear(config, config.intermediate_size, config.hidden_size)
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, may_attend: Tensor) -> Tensor:
-        hidden = self.attn_norm(hidden + self.dropout(self.attention(hidden, may_attend)))
+        # First the tokens look at each other.
+        attended = self.attention(hidden, may_attend)
+        hidden = self.attn_norm(hidden + self.dropout(attended))
+        # Then each works by itself on what it saw, with two thirds of the block's weights.
         inner = F.gelu(self.ffn_in(hidden))  # (B, T, C) -> (B, T, F)
         return self.ffn_norm(hidden + self.dropout(self.ffn_out(inner)))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What all models share
+# What every model can do: open and save itself, read text
 # ----------------------------------------------------------------------------------------------------------
+
+# None of this is from the paper: at a first reading, go on with Encoder.
 
 
 class RobertaModelBase(nn.Module):
-    """A config, initialisation, ids of a text, `save_pretrained` and `from_pretrained`."""
-
-    architecture: str | None = None  # the Hugging Face class that opens what is saved; None: of the same name
-    head_keys: dict[str, str] = {}  # our names of the head's modules -> Hugging Face's, as in NAMES below
-    extra_keys: tuple[str, ...] = ()  # prefixes of the keys that this class lacks: they go to EXTRA_WEIGHTS
-    classification_keys: tuple[str, str] | None = None  # where the two layers of a fairseq head can go
+    """What all models share: a config, the way from text to ids, and the way to files and back."""
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.config = config
 
-    def init_weights(self) -> None:
-        """Draws matrices from N(0, initializer_range) and sets biases to 0 (BERT's scheme), by torch's seed.
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **config_changes: Any) -> Self:
+        """Returns the model in a directory of ours, of Hugging Face's or of fairseq's, in eval mode.
 
-        LayerNorms begin as the identity. The rows of the padding id begin as 0.
+        A run directory without a model of its own stands for its newest checkpoint. Changes replace entries
+        of the config: dropout, num_labels, and so on. A head that the files lack is drawn at random, and a
+        line on stderr says so. Nothing in the files is executed.
+        Raises: ValueError where there is no model, or a weight is missing or misshapen.
         """
-        for module in self.modules():
-            self.init_module(module)
+        return load_model(cls, Path(directory), config_changes)
 
-    def init_module(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
+    def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Writes model.safetensors, config.json and the tokenizer's files, for Hugging Face's classes too."""
+        save_model(self, Path(directory), tokenizer)
 
     def num_parameters(self) -> int:
-        """Returns the number of parameters, tied ones once."""
+        """Returns the number of weights, tied ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def encode(self, text: str | Sequence[str], tokenizer: Tokenizer) -> Tensor:
+    def encode(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None) -> Tensor:
         """Returns the ids, (1, T), of a text, `<s> A </s>`, or of a pair of them, `<s> A </s></s> B </s>`.
 
-        Raises: ValueError for a tokenizer with more units than the model, or no text at all.
+        Ids stay as they are, (B, T). Raises: ValueError where a text comes without a tokenizer,
+        or with one that has more units than the model.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        return self._with_ends([tokenizer.encode(text) for text in texts], tokenizer)
-
-    def _with_ends(self, segments: list[list[int]], tokenizer: Tokenizer) -> Tensor:
-        check_tokenizer(tokenizer, self.config)
-        if not segments:
-            raise ValueError("nothing to encode: give a text, or a pair of texts")
-        bos, eos = self.config.bos_token_id, self.config.eos_token_id
-        ids = [bos, *segments[0], eos]
-        for segment in segments[1:]:
-            ids += [eos, *segment, eos]
-        return torch.tensor([ids], device=self.device)
-
-    def _to_ids(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None) -> Tensor:
-        """Returns ids, (B, T), of what may be ids already."""
         if isinstance(text, Tensor):
             return torch.atleast_2d(text).to(self.device)
-        if tokenizer is None:
-            raise ValueError("a text needs a tokenizer: give one, or the text as ids")
-        return self.encode(text, tokenizer)
-
-    def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
-        """Writes config, weights and tokenizer files: a directory that Hugging Face's classes open too.
-
-        Files of the same names are replaced. Raises: ValueError where weights are under other names that
-        would be opened instead.
-        """
-        directory = Path(directory)
-        if others := [name for name in WEIGHT_FILES if (directory / name).exists() and name != WEIGHTS]:
-            raise ValueError(f"{directory} holds {others[0]} already; save to another directory")
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, self.config)
-        weights, architecture = self.to_hugging_face(), self.architecture or type(self).__name__
-        extra = {key: weights.pop(key) for key in list(weights) if key.startswith(self.extra_keys)}
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(self.config.to_json(architecture), encoding="utf-8")
-        torch.save(weights, directory / WEIGHTS)
-        if extra:
-            torch.save(extra, directory / EXTRA_WEIGHTS)
-        else:
-            (directory / EXTRA_WEIGHTS).unlink(missing_ok=True)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory, model_max_length=self.config.max_tokens)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, head: str | None = None,
-                        **changes: Any) -> RobertaModelBase:
-        """Returns the model in a directory of ours, of Hugging Face's or of fairseq's, in eval mode.
-
-        A run directory stands for its newest checkpoint. `changes` replace fields of the config (dropout,
-        num_labels). `head` is the name of a fairseq classification head, where there are several. A head that
-        the weights lack starts at random, and a line on stderr says so. No code in the files is executed.
-        Raises: ValueError where the directory is no model, or not each weight has its place and its shape.
-        """
-        directory = find_model(directory)
-        entries, weights = read_model(directory)
-        if cls.classification_keys:
-            weights = use_head(weights, head, cls.classification_keys, directory)
-        elif head is not None:
-            raise ValueError(f"a {cls.__name__} has no place for the classification head {head!r} alone")
-        config = make_config(entries, weights, changes, directory)
-        with torch.device("meta"), NothingDrawn():  # no memory yet: what the config asks for may be absurd
-            model = cls(config)
-        fresh = model.load_hugging_face(weights, directory)
-        for name, module in model.named_modules():
-            if cls.hugging_face_key(f"{name}.weight") in fresh:
-                model.init_module(module)
-        if fresh:
-            print(f"note: {directory} has no {', '.join(fresh)}; initialised at random", file=sys.stderr)
-        return model.eval()
-
-    def to_hugging_face(self) -> dict[str, Tensor]:
-        """Returns the weights under Hugging Face's keys; the tensors are the model's own."""
-        weights = {self.hugging_face_key(name): value for name, value in self.state_dict().items()}
-        if self.config.type_vocab_size == 1:  # there it has a row, and ours is part of the positions
-            weights[TOKEN_TYPES] = torch.zeros(1, self.config.hidden_size, device=self.device)
-        if "lm_head.bias" in weights:  # there it is repeated, as is the embedding where the decoder is tied
-            weights.setdefault(DECODER, weights[WORDS])
-            weights["lm_head.decoder.bias"] = weights["lm_head.bias"]
-        return weights
-
-    def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> list[str]:
-        """Copies weights under Hugging Face's keys into this model, after all of them have been checked.
-
-        Heads of other models are passed over. Returns the keys of this model's head if the weights have
-        nothing of it; it stays as it is. A model on the meta device moves to the CPU.
-        Raises: ValueError, see `check_weights`; `source` is where its message says the weights are from.
-        """
-        weights = normalise(weights)
-        if self.config.type_vocab_size == 1:
-            weights = fold_token_type(weights)
-        if self.config.tie_word_embeddings and not has_own_decoder(weights):
-            weights.pop(DECODER, None)
-        ours = {self.hugging_face_key(name): value for name, value in self.state_dict().items()}
-        fresh = check_weights(weights, ours, source)
-        if self.device.type == "meta":  # nn.Module.to_empty would do it, a second later: it imports sympy
-            space = {name: torch.empty(value.shape) for name, value in self.state_dict().items()}
-            self.load_state_dict(space, assign=True)
-        for name, parameter in self.state_dict().items():
-            parameter.copy_(weights.get(self.hugging_face_key(name), parameter))
-        return fresh
-
-    @classmethod
-    def hugging_face_key(cls, name: str) -> str:
-        """Returns Hugging Face's key of one of our parameters."""
-        if name.startswith("classification_heads."):
-            return name
-        for ours, theirs in [*cls.head_keys.items(), *HUGGING_FACE_NAMES.items()]:
-            name = name.replace(ours, theirs)
-        return "roberta." + name if cls is RobertaModel else name
-
-
-def check_tokenizer(tokenizer: Tokenizer, config: RobertaConfig) -> None:
-    """Raises ValueError where a tokenizer could give ids for which the model has no embedding."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} units, the model {config.vocab_size}; "
-                         "they do not belong together")
-
-
-class NothingDrawn(TorchFunctionMode):
-    """Under it the functions of nn.init do nothing: the weights will be read from a file."""
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == nn.init.__name__:
-            return kwargs.get("tensor", *args[:1])
-        return function(*args, **kwargs)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The encoder
-# ----------------------------------------------------------------------------------------------------------
-
-
-class RobertaModel(RobertaModelBase):
-    """The encoder: a vector for each token, from the whole text around it."""
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__(config)
-        self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.init_weights()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        return_all_hiddens: bool = False,
-    ) -> Tensor | list[Tensor]:
-        """Returns the last hidden states (B, T, C), or those of the embeddings and every layer.
-
-        input_ids: (B, T). attention_mask: (B, T), true at real tokens; derived from the padding id if not
-        given. What stands at padding is meaningless, but finite, even in a row of nothing but padding.
-        Raises: ValueError for inputs longer than the positions.
-        """
-        if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
-        attention_mask = attention_mask.bool()
-        # softmax over no key at all is 0/0: a row of padding may look at everything instead.
-        may_attend = attention_mask | ~attention_mask.any(1, keepdim=True)
-        may_attend = may_attend[:, None, None, :]  # (B, T) -> (B, 1, 1, T): any query, these keys
-        hiddens = [self.embeddings(input_ids, token_type_ids)]
-        for block in self.blocks:
-            hidden = block(hiddens[-1], may_attend)
-            hiddens = [*hiddens, hidden] if return_all_hiddens else [hidden]
-        return hiddens if return_all_hiddens else hiddens[-1]
+        check_tokenizer(tokenizer, self.config)
+        # join adds `<s>` and `</s>`: in training the model has never read a text without them.
+        texts = [text] if isinstance(text, str) else text
+        ids = join(*[tokenizer.encode_to_numpy(text) for text in texts])
+        return torch.from_numpy(ids)[None].to(self.device)
 
     @torch.inference_mode()
     def extract_features(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None = None,
                          return_all_hiddens: bool = False) -> Tensor | list[Tensor]:
-        """Returns hidden states of a text or a pair, (1, T, C) with the specials, or of ids, (B, T, C).
+        """Returns the encoder's hidden states for a text or a pair, (1, T, C), or for ids (B, T), (B, T, C).
 
-        return_all_hiddens: those of the embeddings and of every layer, as a list. No dropout, no gradients.
+        The vectors of `<s>` and `</s>` are among them. return_all_hiddens: those of the embeddings and of
+        every block, as a list. No dropout, no gradients.
         """
-        with evaluating(self):
-            return self(self._to_ids(text, tokenizer), return_all_hiddens=return_all_hiddens)
+        # In a model with a head the encoder is a part of it; by itself it is the model.
+        encoder = getattr(self, "roberta", self)
+        with evaluating(encoder):
+            return encoder(self.encode(text, tokenizer), all_hiddens=return_all_hiddens)
 
-    def extract_word_features(self, text: str, words: Sequence[tuple[int, int]],
-                              tokenizer: Tokenizer) -> Tensor:
-        """Returns features of W words, (W, C): averages of the last hidden states of each one's tokens.
 
-        words: where they begin and end in the text, in characters, from any tokenisation. A token counts by
-        the share of its characters (white space apart) that belongs to the word; most belong whole to one.
-        Raises: ValueError for a word outside the text or of nothing but white space, or too long a text.
+# ----------------------------------------------------------------------------------------------------------
+# Encoder
+# ----------------------------------------------------------------------------------------------------------
+
+
+class RobertaModel(RobertaModelBase):
+    """The encoder: a vector for each token, made from the whole text around it."""
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        # The blocks are alike in shape, but each has weights of its own.
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None, all_hiddens: bool = False) -> Tensor | list[Tensor]:
+        """Returns the last hidden states, (B, T, C); all_hiddens: a list, the embeddings' and each block's.
+
+        input_ids: (B, T). attention_mask: (B, T), true at real tokens; None: wherever the id is not padding.
+        What comes out at padding is meaningless, but finite, even in a row of nothing but padding.
+        Raises: ValueError for inputs longer than the positions.
         """
-        ids, offsets = tokenizer.encode_with_offsets(text)
-        features = self.extract_features(self._with_ends([ids.tolist()], tokenizer))[0, 1:-1]  # (T - 2, C)
-        # How many visible characters stand before each place in the text, (len(text) + 1,).
-        visible = torch.tensor([0, *(not character.isspace() for character in text)]).cumsum(0)
-        begins, ends = torch.from_numpy(offsets).unbind(1)  # of the tokens, (T - 2,) each
-        averages = []
-        for begin, end in words:
-            if not 0 <= begin < end <= len(text) or visible[begin] == visible[end]:
-                raise ValueError(f"word ({begin}, {end}) holds no text of the {len(text)} characters")
-            shared = visible[ends.clamp(begin, end)] - visible[begins.clamp(begin, end)]
-            weights = (shared / (visible[ends] - visible[begins]).clamp(min=1)).to(features)  # (T - 2,)
-            averages.append(weights @ features / weights.sum())
-        return torch.stack(averages) if averages else features[:0]
+        real = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
+        # A micro-batch that got no sequence is one row of nothing but padding (data.py, `assemble`). A
+        # softmax over no key at all is 0/0, and one such row turns every gradient into NaN. So a row like
+        # that may look at all of its padding; nobody reads the result.
+        may_attend = real | ~real.any(1, keepdim=True)
+        may_attend = may_attend[:, None, None, :]  # (B, T) -> (B, 1, 1, T): any head, any query, these keys
+
+        # Each block reads the vectors that the one below has made. Only the newest are kept, unless all are
+        # asked for.
+        hiddens = [self.embeddings(input_ids, token_type_ids)]
+        for block in self.blocks:
+            hidden = block(hiddens[-1], may_attend)
+            hiddens = [*hiddens, hidden] if all_hiddens else [hidden]
+        return hiddens if all_hiddens else hiddens[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Initialisation
+# ----------------------------------------------------------------------------------------------------------
+
+# Matrices start as draws from N(0, initializer_range), biases at 0, LayerNorms as the identity (BERT's code).
+# A matrix of deviation s changes the size of a vector of C numbers by the factor s * sqrt(C), which is 0.55
+# for 0.02 and 768. That is small enough: the first scores differ by about as much (see LMHead), so the first
+# guess is nearly uniform and the first loss little above ln V. With 128 numbers the factor would be 0.23, too
+# small: what a block adds would be lost beside what it is added to, and the model would take a thousand steps
+# to learn more than how common each token is. Hence tiny's 0.06, which makes it 0.68.
+
+
+def linear(config: RobertaConfig, inputs: int, outputs: int) -> nn.Linear:
+    """Returns a linear layer with weights drawn as BERT's are; torch would draw others."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=config.initializer_range)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def embedding(config: RobertaConfig, rows: int, padding_idx: int | None = None) -> nn.Embedding:
+    """Returns a table of rows of C numbers, drawn likewise; the padding id's row starts at 0.
+
+    Looking it up gives it no gradient. In the token table it gets one all the same, from the tied LM head.
+    """
+    table = nn.Embedding(rows, config.hidden_size, padding_idx)
+    nn.init.normal_(table.weight, std=config.initializer_range)
+    if padding_idx is not None:
+        nn.init.zeros_(table.weight[padding_idx])  # the row is a view: this changes the table
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------
+# LM head and fill_mask: which token was it?
+# ----------------------------------------------------------------------------------------------------------
+
+
+class LMHead(nn.Module):
+    """Turns a vector into a score for each token of the vocabulary.
+
+    The scores are products with the embedding of each token, the matrix with which the encoder begins, so
+    that reading and guessing share what they know of a token. Tying saves V x C weights, a third of BASE.
+    """
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__()
+        self.dense = linear(config, config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # How common each token is, whatever the context: the first thing that a model learns.
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, token_embedding: Tensor, predicted: Tensor | None) -> Tensor:
+        # The loss asks for 15 % of the tokens (§2), and a token's scores cost V x C products: for BASE as
+        # much as five of its twelve blocks, for a small model more than all of them. The head at every token
+        # would spend most of that, and B x T x V numbers of memory, on scores that nobody looks at.
+        if predicted is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, predicted)  # (B, T, C) -> (M, C)
+        # A layer in between: what the last block gives is not yet fit to be compared with embeddings.
+        hidden = self.layer_norm(F.gelu(self.dense(hidden)))
+        return F.linear(hidden, token_embedding, self.bias)  # (..., C) -> (..., V)
+
+
+class RobertaForMaskedLM(RobertaModelBase):
+    """The model that is pretrained (§2): the encoder, and the head that says which token was hidden."""
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__(config)
+        self.roberta = RobertaModel(config)
+        self.lm_head = LMHead(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None, predicted: Tensor | None = None) -> Tensor:
+        """Returns logits, (B, T, V), or where `predicted` is given only those there, (M, V).
+
+        predicted: (M,) indices b * T + t of the places that are predicted.
+        """
+        hidden = self.roberta(input_ids, attention_mask, token_type_ids)
+        return self.lm_head(hidden, self.roberta.embeddings.tokens.weight, predicted)
+
+    @torch.inference_mode()
+    def fill_mask(self, text: str, tokenizer: Tokenizer, top_k: int = 5) -> list:
+        """Returns the `top_k` most probable tokens for the `<mask>` in a text, best first.
+
+        Each is a dict like those of Hugging Face's pipeline: score (a probability), token (its id),
+        token_str, and sequence (the text with it filled in). With several masks: a list of such lists, each
+        mask filled independently of the others.
+        Raises: ValueError where the text has no `<mask>` or is longer than the positions.
+        """
+        check_tokenizer(tokenizer, self.config)
+        if top_k < 1:
+            raise ValueError(f"top_k {top_k} must be at least 1")
+
+        # "It is <mask>." becomes "It is", " <mask>" and ".": pieces 1, 3, 5, ... are masks. A mask takes the
+        # space before it along, because a token includes the space before it (" Paris"): the model will say
+        # whether there is one.
+        pieces = re.split(r"(\s*<mask>)", text)
+        if len(pieces) == 1:
+            raise ValueError(f'no <mask> in {text!r}; write one, as in "The capital of France is <mask>."')
+        ids: list[int] = []
+        for i, piece in enumerate(pieces):
+            ids += [tokenizer.mask_id] if i % 2 else tokenizer.encode(piece)
+        input_ids = torch.from_numpy(join(ids))[None].to(self.device)  # `<s> ids </s>`, (1, T)
+
+        # A softmax turns the scores at each mask into probabilities. A model's vocabulary may have been
+        # padded with rows that are no tokens: they have a share in the softmax, but are not offered.
+        predicted = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0]  # (M,)
+        with evaluating(self):  # the class is named because RobertaForPreTraining's forward gives a pair
+            logits = RobertaForMaskedLM.forward(self, input_ids, predicted=predicted)  # (M, V)
+        probabilities = logits.float().softmax(-1)
+        best, best_ids = probabilities[:, : tokenizer.vocab_size].topk(min(top_k, tokenizer.vocab_size))
+
+        # The piece that was the mask gives way to the candidate's text.
+        results = []
+        for place, scores, tokens in zip(range(1, len(pieces), 2), best.tolist(), best_ids.tolist()):
+            candidates = []
+            for score, token in zip(scores, tokens):
+                name = tokenizer.decode([token])
+                sequence = "".join([*pieces[:place], name, *pieces[place + 1 :]])
+                candidates.append({"score": score, "token": token, "token_str": name, "sequence": sequence})
+            results.append(candidates)
+        return results[0] if len(results) == 1 else results
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Task heads (§5): a few weights on top of the encoder
+# ----------------------------------------------------------------------------------------------------------
+
+# A head is a module that turns the encoder's vectors into scores. A task keeps the encoder and replaces the
+# LM head by a small one of its own, at most one C x C matrix and a vector for each label: what the task needs
+# to know of the language is in the encoder already. `<s>` stands for the whole text, because it sees all
+# tokens and is no word itself.
+
+
+class ClassificationHead(nn.Module):
+    """A score for each label, from the vector of `<s>`: dense, tanh, and a row of weights per label."""
+
+    def __init__(self, config: RobertaConfig, num_labels: int):
+        super().__init__()
+        dropout = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.dense = linear(config, config.hidden_size, config.hidden_size)
+        self.out_proj = linear(config, config.hidden_size, num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # A layer turns what was good for guessing tokens into what the task is about.
+        first = self.dropout(hidden[:, 0])  # (B, T, C) -> (B, C)
+        inner = torch.tanh(self.dense(first))
+        return self.out_proj(self.dropout(inner))  # (B, C) -> (B, num_labels)
+
+
+class RobertaForSequenceClassification(RobertaModelBase):
+    """A label, or with num_labels 1 a number, for a text or a pair of texts (§5.1, GLUE)."""
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__(config)
+        self.roberta = RobertaModel(config)
+        self.classifier = ClassificationHead(config, config.num_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None) -> Tensor:
+        """Returns logits, (B, num_labels)."""
+        return self.classifier(self.roberta(input_ids, attention_mask, token_type_ids))
+
+
+class RobertaForMultipleChoice(RobertaModelBase):
+    """A score for each of N answers, each read with the question and the passage (§5.3, RACE)."""
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__(config)
+        self.roberta = RobertaModel(config)
+        self.choice = ClassificationHead(config, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None) -> Tensor:
+        """Returns scores, (B, N), whose softmax picks the answer; the inputs are (B, N, T) each."""
+        # The answers do not see each other: the encoder reads B * N texts, and only the softmax compares.
+        given = (input_ids, attention_mask, token_type_ids)
+        flat = [None if tensor is None else tensor.flatten(0, 1) for tensor in given]  # (B * N, T)
+        return self.choice(self.roberta(*flat)).view(input_ids.shape[:2])  # (B * N, 1) -> (B, N)
+
+
+class RobertaForQuestionAnswering(RobertaModelBase):
+    """Where in the passage the answer begins and ends (§5.2, SQuAD); for v2.0 whether there is one (§3)."""
+
+    def __init__(self, config: RobertaConfig):
+        # Start and end: in Hugging Face's config.json these are two labels.
+        config = replace(config, num_labels=2, id2label={})
+        super().__init__(config)
+        self.roberta = RobertaModel(config)
+        self.qa_outputs = linear(config, config.hidden_size, 2)
+        self.answerable = linear(config, config.hidden_size, 1) if config.answerability else None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Returns logits of start and end, (B, T) each; with `answerability` also of "answerable", (B,)."""
+        hidden = self.roberta(input_ids, attention_mask, token_type_ids)
+        # Not from `<s>` alone: any token may be the first or the last of the answer.
+        start, end = self.qa_outputs(hidden).unbind(-1)  # (B, T, 2) -> two of (B, T)
+        if self.answerable is None:
+            return start, end
+        # Whether there is an answer at all is a question about the whole text.
+        return start, end, self.answerable(hidden[:, 0]).squeeze(1)  # (B, 1) -> (B,)
+
+
+class RobertaForPreTraining(RobertaForMaskedLM):
+    """BERT's pretraining model: masked LM and next-sentence prediction (NSP), for the comparison of §4.2.
+
+    NSP is a yes-or-no question, read off `<s>`: does the second part of the input follow the first in its
+    document, or is it from another one (§2)? RoBERTa drops it.
+    """
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__(config)
+        # DIFFERS: BERT's NSP head is this one without its dropout.
+        self.nsp_head = ClassificationHead(config, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None, predicted: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Returns the logits of RobertaForMaskedLM and NSP's, (B, 2): label 0 = the second part follows."""
+        # One pass through the encoder answers both questions.
+        hidden = self.roberta(input_ids, attention_mask, token_type_ids)
+        scores = self.lm_head(hidden, self.roberta.embeddings.tokens.weight, predicted)
+        return scores, self.nsp_head(hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Part II: the machinery
+# ----------------------------------------------------------------------------------------------------------
+
+
+def check_config(config: RobertaConfig) -> None:
+    """Raises ValueError where a config describes no model: most come from files that others wrote."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        # An id may be 0, a size may not. The upper limit keeps a typing error from filling the memory.
+        low, high = (0, config.vocab_size) if f.name.endswith("_id") else (1, 1 << 24)
+        valid = value is None or (type(value) is int and low <= value < high)
+        if f.type.startswith("int") and not valid:  # types are text here
+            raise ValueError(f"{f.name} {value!r} must be a whole number from {low} to {high - 1}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"hidden_size {config.hidden_size} must be a multiple of num_attention_heads "
+                         f"{config.num_attention_heads}")
+    if config.hidden_act != "gelu":
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not RoBERTa's; only 'gelu' (exact) is built")
+
+
+def label_names(count: int | None, names: dict) -> dict[int, str]:
+    """Returns a name for each label, of what a config says of their number and their names."""
+    names = {int(i): str(name) for i, name in names.items()}  # the keys of JSON are strings
+    count = count or len(names) or 2
+    # Names that only number the labels are no obstacle to another number of them.
+    if all(name == f"LABEL_{i}" for i, name in names.items()):
+        names = {i: f"LABEL_{i}" for i in range(count)}
+    if sorted(names) != list(range(count)):
+        raise ValueError(f"num_labels {count}, but id2label names {len(names)}: {names}")
+    return names
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, config: RobertaConfig) -> None:
+    """Raises ValueError without a tokenizer, or where it could give ids for which there is no embedding."""
+    if tokenizer is None:
+        raise ValueError("a text needs a tokenizer: give one, or the text as ids")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"use the model's own tokenizer: {tokenizer.vocab_size} units > {config.vocab_size}")
 
 
 @contextlib.contextmanager
@@ -496,748 +672,321 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextlib.contextmanager
+def opening(path: str | Path) -> Iterator[None]:
+    """Turns whatever a damaged file raises, or one made to do harm, into one line that names it."""
+    try:
+        yield
+    except Exception as error:  # of what kind cannot be foreseen
+        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on to advise trust
+        raise ValueError(f"{path}: cannot be opened ({type(error).__name__}: {reason:.300})") from None
+
+
 # ----------------------------------------------------------------------------------------------------------
-# Heads
+# Names of weights
 # ----------------------------------------------------------------------------------------------------------
 
-
-class LMHead(nn.Module):
-    """Scores of all tokens: dense, GELU, LayerNorm, then the token embedding once more, plus a bias."""
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        tied = config.tie_word_embeddings
-        self.decoder = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        embedding = embedding if self.decoder is None else self.decoder.weight
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)  # (..., C) -> (..., V)
-
-
-class ClassificationHead(nn.Module):
-    """A label for a text, from its first token `<s>` (§5.1): dense, tanh, projection."""
-
-    def __init__(self, config: RobertaConfig, num_labels: int, inner_size: int | None = None):
-        super().__init__()
-        inner_size = inner_size or config.hidden_size
-        self.dropout = nn.Dropout(config.head_dropout)
-        self.dense = nn.Linear(config.hidden_size, inner_size)
-        self.out_proj = nn.Linear(inner_size, num_labels)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        first = self.dropout(hidden[:, 0])  # (B, T, C) -> (B, C)
-        return self.out_proj(self.dropout(torch.tanh(self.dense(first))))  # (B, C) -> (B, num_labels)
+# What is roberta.blocks.0.ffn_in.weight here is roberta.encoder.layer.0.intermediate.dense.weight for
+# Hugging Face and encoder.sentence_encoder.layers.0.fc1.weight for fairseq. Parts of names are replaced, one
+# row after the other. The trap: ".output.dense." ends ".attention.output.dense.", which must come first.
+# The columns: ours, Hugging Face's, and fairseq's, which has no head for multiple choice.
+NAMES = [("embeddings.tokens.", "embeddings.word_embeddings.", "embed_tokens."),
+         ("embeddings.positions.", "embeddings.position_embeddings.", "embed_positions."),
+         ("embeddings.token_types.", "embeddings.token_type_embeddings.", "segment_embeddings."),
+         ("embeddings.norm.", "embeddings.LayerNorm.", "layernorm_embedding."),
+         ("blocks.", "encoder.layer.", "layers."),
+         (".attention.q_proj.", ".attention.self.query.", ".self_attn.q_proj."),
+         (".attention.k_proj.", ".attention.self.key.", ".self_attn.k_proj."),
+         (".attention.v_proj.", ".attention.self.value.", ".self_attn.v_proj."),
+         (".attention.out_proj.", ".attention.output.dense.", ".self_attn.out_proj."),
+         (".attn_norm.", ".attention.output.LayerNorm.", ".self_attn_layer_norm."),
+         (".ffn_in.", ".intermediate.dense.", ".fc1."),
+         (".ffn_out.", ".output.dense.", ".fc2."),
+         (".ffn_norm.", ".output.LayerNorm.", ".final_layer_norm."),
+         ("choice.dense.", "roberta.pooler.dense.", "choice.dense."),
+         ("choice.out_proj.weight", "classifier.weight", "choice.out_proj.weight"),
+         ("choice.out_proj.bias", "classifier.bias", "choice.out_proj.bias")]
+TO_HUGGING_FACE = [(ours, theirs) for ours, theirs, _ in NAMES]
+# The LM head's bias goes by two names in their files.
+FROM_HUGGING_FACE = [("lm_head.decoder.bias", "lm_head.bias"), *[(theirs, ours) for ours, theirs, _ in NAMES]]
+# To Hugging Face's names. fairseq's first releases called the encoder decoder, and a norm otherwise.
+FROM_FAIRSEQ = [("decoder.", "encoder."), ("encoder.sentence_encoder.", "roberta."),
+                ("encoder.lm_head.", "lm_head."), ("emb_layer_norm.", "layernorm_embedding."),
+                *[(fairseqs, theirs) for _, theirs, fairseqs in NAMES]]
 
 
-class RobertaForMaskedLM(RobertaModelBase):
-    """The pretraining model: the encoder and the language-model head tied to its embedding.
+def rename(weights: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """Returns the weights under other keys: each (old, new) of a table is replaced, in its order.
 
-    As fairseq's model it may carry named classification heads besides; they are in no sum of losses here.
+    >>> list(rename({"roberta.blocks.7.ffn_in.bias": None}, TO_HUGGING_FACE))
+    ['roberta.encoder.layer.7.intermediate.dense.bias']
     """
-
-    head_keys = {"lm_head.norm.": "lm_head.layer_norm."}
-    extra_keys = ("classification_heads.",)
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__(config)
-        self.roberta = RobertaModel(config)
-        self.lm_head = LMHead(config)
-        self.classification_heads = nn.ModuleDict()
-        self.init_weights()
-
-    def register_classification_head(self, name: str, num_classes: int,
-                                     inner_size: int | None = None) -> None:
-        """Adds a classification head for `predict`, drawn at random; one of that name is replaced.
-
-        inner_size: of its inner layer; none: hidden_size. Raises: ValueError for a name that cannot be one.
-        """
-        if not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"{name!r} cannot be a head's name: it is empty, holds a dot, or torch uses it")
-        with self.device:
-            head = ClassificationHead(self.config, num_classes, inner_size).to(self.lm_head.bias)
-        for module in head.modules():
-            self.init_module(module)
-        self.classification_heads[name] = head.train(self.training)
-
-    def predict(self, head: str, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None = None,
-                return_logits: bool = False) -> Tensor:
-        """Returns the log-probabilities, (B, classes), that a named head gives a text, a pair or ids (B, T).
-
-        Gradients flow, so it serves for training as well. Raises: ValueError for a name without a head.
-        """
-        if head not in self.classification_heads:
-            raise ValueError(f"no classification head {head!r}, only {list(self.classification_heads)}; add "
-                             f"it with register_classification_head({head!r}, num_classes)")
-        logits = self.classification_heads[head](self.roberta(self._to_ids(text, tokenizer)))
-        return logits if return_logits else logits.log_softmax(-1)
-
-    def load_hugging_face(self, weights: dict[str, Tensor], source: object) -> list[str]:
-        """See RobertaModelBase.load_hugging_face. Named classification heads are registered first."""
-        for key, weight in weights.items():
-            if match := re.fullmatch(r"classification_heads\.([^.]+)\.out_proj\.weight", key):
-                self.register_classification_head(match[1], *weight.shape[:2])
-        return super().load_hugging_face(weights, source)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Returns logits (B, T, V), or where `positions` are given only those there, (M, V).
-
-        positions: (M,) indices b * T + t. About 15 % of the tokens are predicted, and with 50K units the head
-        costs a small model more than its encoder: scoring only what is needed is the largest saving here.
-        """
-        return self._score(self.roberta(input_ids, attention_mask, token_type_ids), positions)
-
-    def _score(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
-        if positions is not None:
-            hidden = hidden.flatten(0, 1)[positions]  # (B, T, C) -> (M, C)
-        return self.lm_head(hidden, self.roberta.embeddings.tokens.weight)
-
-    def extract_features(self, *args, **kwargs) -> Tensor | list[Tensor]:
-        """See RobertaModel.extract_features."""
-        return self.roberta.extract_features(*args, **kwargs)
-
-    def extract_word_features(self, *args, **kwargs) -> Tensor:
-        """See RobertaModel.extract_word_features."""
-        return self.roberta.extract_word_features(*args, **kwargs)
-
-    @torch.inference_mode()
-    def fill_mask(self, text: str, tokenizer: Tokenizer,
-                  top_k: int = 5) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
-        """Returns the `top_k` most probable tokens for the `<mask>` in a text, best first.
-
-        Each is a dict like those of Hugging Face's pipeline: score (a probability), token (its id),
-        token_str, and sequence (the text with it filled in). With several masks: a list of such lists, each
-        mask filled independently of the others.
-        Raises: ValueError where the text has no `<mask>` or is longer than the positions.
-        """
-        if top_k < 1:
-            raise ValueError(f"top_k {top_k} must be at least 1")
-        masks = list(re.finditer(r"\s*<mask>", text))
-        if not masks:
-            raise ValueError(f"no <mask> in {text!r}; write one where a word is to be found, "
-                             'as in "The capital of France is <mask>."')
-        # A token carries the space before it, so the space before <mask> belongs to what will be filled in.
-        ids, start = [], 0
-        for mask in masks:
-            ids += [*tokenizer.encode(text[start : mask.start()]), tokenizer.mask_id]
-            start = mask.end()
-        input_ids = self._with_ends([[*ids, *tokenizer.encode(text[start:])]], tokenizer)
-        positions = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0]
-        with evaluating(self):
-            probabilities = self._score(self.roberta(input_ids), positions).float().softmax(-1)  # (M, V)
-        best = probabilities[:, : tokenizer.vocab_size].topk(min(top_k, tokenizer.vocab_size))
-        results = []
-        for mask, scores, tokens in zip(masks, best.values.tolist(), best.indices.tolist()):
-            results.append([])
-            for score, token in zip(scores, tokens):
-                name = tokenizer.decode([token])
-                sequence = text[: mask.start()] + name + text[mask.end() :]
-                results[-1] += [{"score": score, "token": token, "token_str": name, "sequence": sequence}]
-        return results[0] if len(results) == 1 else results
-
-
-class Pooler(nn.Module):
-    """BERT's summary of a text: dense and tanh on the first token, `<s>`."""
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return torch.tanh(self.dense(hidden[:, 0]))  # (B, T, C) -> (B, C)
-
-
-class RobertaForPreTraining(RobertaForMaskedLM):
-    """BERT's pretraining model: masked LM and next-sentence prediction, for §4.2's segment formats only."""
-
-    head_keys = {**RobertaForMaskedLM.head_keys, "pooler.": "roberta.pooler."}
-    architecture = "RobertaForMaskedLM"  # Hugging Face has none with NSP
-    extra_keys = ("classification_heads.", "roberta.pooler.", "nsp_head.")
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__(config)
-        self.pooler = Pooler(config)
-        self.nsp_head = nn.Linear(config.hidden_size, 2)
-        self.init_weights()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                token_type_ids: Tensor | None = None,
-                positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns RobertaForMaskedLM's logits and NSP's, (B, 2): 0 = the second part follows, 1 = random."""
-        hidden = self.roberta(input_ids, attention_mask, token_type_ids)
-        return self._score(hidden, positions), self.nsp_head(self.pooler(hidden))
-
-
-class RobertaForSequenceClassification(RobertaModelBase):
-    """A label (or with one label, a value) for a text or pair (§5.1)."""
-
-    classification_keys = ("classifier.dense.", "classifier.out_proj.")
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__(config)
-        self.roberta = RobertaModel(config)
-        self.classifier = ClassificationHead(config, config.num_labels)
-        self.init_weights()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                token_type_ids: Tensor | None = None) -> Tensor:
-        """Returns logits (B, num_labels)."""
-        return self.classifier(self.roberta(input_ids, attention_mask, token_type_ids))
-
-
-class RobertaForMultipleChoice(RobertaModelBase):
-    """A score for each of N candidates, encoded one by one with the question and passage (§5.3, RACE)."""
-
-    head_keys = {"pooler.": "roberta.pooler."}
-    classification_keys = ("roberta.pooler.dense.", "classifier.")
-
-    def __init__(self, config: RobertaConfig):
-        super().__init__(config)
-        self.roberta = RobertaModel(config)
-        self.pooler = Pooler(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, 1)
-        self.init_weights()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                token_type_ids: Tensor | None = None) -> Tensor:
-        """Returns scores (B, N), whose softmax picks the answer, of inputs that are (B, N, T) each."""
-        given = (input_ids, attention_mask, token_type_ids)
-        hidden = self.roberta(*(None if x is None else x.flatten(0, 1) for x in given))  # (B * N, T, C)
-        return self.classifier(self.dropout(self.pooler(hidden))).view(input_ids.shape[:2])
-
-
-class RobertaForQuestionAnswering(RobertaModelBase):
-    """Where in the passage the answer starts and ends (§5.2, SQuAD); for v2.0, whether there is one (§3)."""
-
-    extra_keys = ("answerable.",)
-
-    def __init__(self, config: RobertaConfig):
-        config = replace(config, num_labels=2, id2label={})  # start and end, as Hugging Face counts them
-        super().__init__(config)
-        self.roberta = RobertaModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.answerable = nn.Linear(config.hidden_size, 1) if config.answerability else None
-        self.init_weights()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                token_type_ids: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Returns start logits and end logits, each (B, T); with `answerability` also its logits, (B,)."""
-        hidden = self.roberta(input_ids, attention_mask, token_type_ids)
-        start, end = self.qa_outputs(hidden).unbind(-1)  # (B, T, 2) -> two of (B, T)
-        return (start, end) if self.answerable is None else (start, end, self.answerable(hidden[:, 0])[:, 0])
+    renamed = {}
+    for key, value in weights.items():
+        for old, new in table:
+            key = key.replace(old, new)
+        renamed[key] = value
+    return renamed
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Names of weights: ours, Hugging Face's, fairseq's
+# safetensors: weights in a file
 # ----------------------------------------------------------------------------------------------------------
 
-# By this table roberta.blocks.0.ffn_in.weight is roberta.encoder.layer.0.intermediate.dense.weight for
-# Hugging Face and encoder.sentence_encoder.layers.0.fc1.weight for fairseq. Parts of names are replaced one
-# after the other, and back from the last to the first: attention.output.dense. must precede output.dense.
-NAMES = [  # ours, Hugging Face's, fairseq's
-    ("embeddings.tokens.", "embeddings.word_embeddings.", "embed_tokens."),
-    ("embeddings.positions.", "embeddings.position_embeddings.", "embed_positions."),
-    ("embeddings.token_types.", "embeddings.token_type_embeddings.", "segment_embeddings."),
-    ("embeddings.norm.", "embeddings.LayerNorm.", "layernorm_embedding."),
-    ("blocks.", "encoder.layer.", "layers."),
-    ("attention.q_proj.", "attention.self.query.", "self_attn.q_proj."),
-    ("attention.k_proj.", "attention.self.key.", "self_attn.k_proj."),
-    ("attention.v_proj.", "attention.self.value.", "self_attn.v_proj."),
-    ("attention.out_proj.", "attention.output.dense.", "self_attn.out_proj."),
-    ("attn_norm.", "attention.output.LayerNorm.", "self_attn_layer_norm."),
-    ("ffn_in.", "intermediate.dense.", "fc1."),
-    ("ffn_out.", "output.dense.", "fc2."),
-    ("ffn_norm.", "output.LayerNorm.", "final_layer_norm."),
-]
-HUGGING_FACE_NAMES = {ours: theirs for ours, theirs, _ in NAMES}
-FAIRSEQ_NAMES = {  # from Hugging Face's
-    "roberta.e": "encoder.sentence_encoder.e",  # of embeddings and encoder, not of the pooler
-    **{theirs: fairseqs for _, theirs, fairseqs in NAMES},
-    "lm_head.": "encoder.lm_head.",
-    "encoder.lm_head.decoder.weight": "encoder.lm_head.weight",
-}
+# Eight bytes say how long the header is. The header, which is JSON, says of each tensor its type, its shape,
+# and where its bytes begin and end; then come the bytes. Unlike a pickle it can hold nothing but numbers.
+MODEL_FILE = "model.safetensors"
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+         "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
-WORDS = "roberta.embeddings.word_embeddings.weight"
-POSITIONS = "roberta.embeddings.position_embeddings.weight"
-TOKEN_TYPES = "roberta.embeddings.token_type_embeddings.weight"
-DECODER = "lm_head.decoder.weight"
-HEADS = ("lm_head.", "classifier.", "qa_outputs.", "roberta.pooler.", "answerable.", "nsp_head.",
-         "classification_heads.")  # what the keys of each kind of head begin with
-# Never read: buffers without a content, and copies of a layer's weights that fairseq keeps.
-IGNORED = re.compile(r".*(position_ids|token_type_ids|\.version|_float_tensor)|"
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Returns the memory of a contiguous tensor on the CPU, to be read or written."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors by name; the same ones give the same bytes. At any moment `path` is old or whole."""
+    # Larger types first: then each tensor begins at a multiple of its type's size, as readers like it.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    names = {dtype: name for name, dtype in TYPES.items()}
+    # Hugging Face's classes open no file that does not say whose tensors these are: PyTorch's.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, value in ordered:
+        begin, end = end, end + value.nbytes
+        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    arrays = [bytes_of(value.cpu().contiguous()) for _, value in ordered]
+    write_atomically(Path(path), len(text).to_bytes(8, "little"), text, *arrays)
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Returns the tensors in a file by name. Raises: ValueError naming the file where it is damaged."""
+    tensors = {}
+    with opening(path), open(path, "rb") as file:
+        size = Path(path).stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, size)))  # a damaged length must not fill the memory
+        header.pop("__metadata__", None)
+        # The tensors follow one another without a gap, up to the end of the file.
+        position = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], TYPES[entry["dtype"]]
+            if begin != position or end - begin != math.prod(shape) * dtype.itemsize or end > size:
+                raise ValueError(f"{name} is not where its shape {shape} asks for")
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            file.readinto(bytes_of(tensors[name]))
+            position = end
+        if 8 + length + position != size:
+            raise ValueError(f"{size:,} bytes, but by its header {8 + length + position:,}")
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading files, of whoever's
+# ----------------------------------------------------------------------------------------------------------
+
+# In order of preference: Hugging Face's, of which an index names the files of a large model, then fairseq's.
+WEIGHT_FILES = (MODEL_FILE, MODEL_FILE + ".index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+                "model.pt")
+# What Hugging Face's RobertaConfig takes where config.json is silent, and ours does not.
+HUGGING_FACE_DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512}
+# What its models can also be, and ours cannot.
+NEEDED = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False,
+          "tie_word_embeddings": True}
+# Never read: the embedding once more, as the LM head's; buffers without a content; and stale copies that
+# fairseq keeps of a block's weights.
+IGNORED = re.compile(r"lm_head\.(decoder\.)?weight|.*(position_ids|token_type_ids|\.version|_float_tensor)|"
                      r".*\.layers?\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
 
 
-def normalise(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights with the encoder's under `roberta.`, no buffers, and one bias of the LM head."""
-    weights = {key: value for key, value in weights.items() if not IGNORED.fullmatch(key)}
-    if not any(key.startswith("roberta.") for key in weights):  # saved from an encoder alone
-        weights = {key if key.startswith(HEADS) else "roberta." + key: value
-                   for key, value in weights.items()}
-    if "lm_head.decoder.bias" in weights:  # the one of the two that Hugging Face's model adds
-        weights["lm_head.bias"] = weights.pop("lm_head.decoder.bias")
-    return weights
-
-
-def has_own_decoder(weights: dict[str, Tensor]) -> bool:
-    """Tells whether the LM head's matrix is there and another than the token embedding."""
-    return DECODER in weights and not (WORDS in weights and torch.equal(weights[DECODER], weights[WORDS]))
-
-
-def fold_token_type(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights with a single token type's row added to every position's, see Embeddings."""
-    row, positions = weights.get(TOKEN_TYPES), weights.get(POSITIONS)
-    if row is None or positions is None or row.shape != (1, positions.shape[-1]):
-        return weights
-    folded = positions.float() + row if row.any() else positions
-    return {key: value for key, value in weights.items() if key != TOKEN_TYPES} | {POSITIONS: folded}
-
-
-def check_weights(weights: dict[str, Tensor], ours: dict[str, Tensor], source: object) -> list[str]:
-    """Returns the keys of our heads of which the weights have nothing: these may be drawn at random.
-
-    Raises: ValueError naming a weight that is missing, has no place, has another shape or is not finite.
-    """
-    absent = tuple(head for head in HEADS if not any(key.startswith(head) for key in weights))
-    fresh = [key for key in ours if key.startswith(absent) and not key.startswith("lm_head.")]
-    if missing := [key for key in ours if key not in weights and key not in fresh]:
-        raise ValueError(f"{source}: {len(missing)} weights are missing, first of all {missing[0]}")
-    others = tuple(head for head in HEADS if not any(key.startswith(head) for key in ours))
-    if extra := [key for key in weights if key not in ours and not key.startswith(others)]:
-        raise ValueError(f"{source}: {len(extra)} weights have no place in a model of this kind and config, "
-                         f"first of all {extra[0]}")
-    for key in (key for key in ours if key in weights):
-        found, wanted = weights[key], ours[key].shape
-        if key == WORDS and found.ndim == 2 and len(found) != wanted[0]:
-            raise ValueError(f"{source}: the config says vocab_size {wanted[0]}, the weights are for "
-                             f"{len(found)}")
-        if found.shape != wanted:
-            raise ValueError(f"{source}: {key} has shape {tuple(found.shape)}, the config asks for "
-                             f"{tuple(wanted)}")
-        # One NaN or infinity makes a sum one; the slower look is for finding it, and for sums that overflow.
-        if not found.sum().isfinite() and (bad := int((~found.isfinite()).sum())):
-            raise ValueError(f"{source}: {key} holds {bad} values that are NaN or infinite; its training "
-                             "diverged, or the file is damaged")
-    return fresh
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Finding and opening a saved model
-# ----------------------------------------------------------------------------------------------------------
-
-WEIGHTS = "pytorch_model.bin"  # what we write
-EXTRA_WEIGHTS = "extra_heads.bin"  # beside it: heads for which Hugging Face's classes have no place
-FAIRSEQ = "model.pt"
-# What its RobertaConfig takes where config.json is silent, and ours does not.
-HUGGING_FACE_DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512}
-# In order of preference. An index names the files of a model that is too large for one.
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", WEIGHTS, WEIGHTS + ".index.json")
+def weight_files(directory: str | Path) -> list[Path]:
+    """Returns the files that hold the weights of the model in a directory; none where there is no model."""
+    found = [Path(directory) / name for name in WEIGHT_FILES if (Path(directory) / name).is_file()]
+    if not found or found[0].suffix != ".json":
+        return found[:1]
+    with opening(found[0]):
+        weight_map = read_json(found[0])["weight_map"]  # which file holds which weight
+        # Files beside it: a path that leads elsewhere is not followed.
+        return sorted({Path(directory) / Path(name).name for name in weight_map.values()})
 
 
 def find_model(directory: str | Path) -> Path:
-    """Returns the directory that holds the model: this one, or of a run directory its newest checkpoint."""
+    """Returns the directory with the model's weights: this one, or of a run its newest checkpoint."""
     directory = Path(directory)
-    for place in (directory / "checkpoint", directory):
-        if main_file(place):
+    steps = [path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")]
+    newest_first = sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
+    for place in (directory, *(directory / f"checkpoint-{step}" for step in newest_first)):
+        if weight_files(place):
             return place
-    state = "no such directory"
-    if (directory / "config.json").is_file():
-        state = f"a config.json without {WEIGHT_FILES[0]} or {WEIGHTS}"
-    elif directory.is_dir():
-        state = f"neither a config.json with weights in it nor {FAIRSEQ}"
-    raise ValueError(f"{directory}: not a model ({state}); give a run directory of train.py or a saved model")
+    raise ValueError(f"{directory}: no model; give a directory with one of {', '.join(WEIGHT_FILES)}")
 
 
-def main_file(directory: Path) -> Path | None:
-    """Returns the file of a saved model's weights, or their index; the one that counts if there are many."""
-    if not (directory / "config.json").is_file():
-        return directory / FAIRSEQ if (directory / FAIRSEQ).is_file() else None
-    found = [directory / name for name in WEIGHT_FILES if (directory / name).is_file()]
-    if not has_safetensors():  # then the pickled ones, if both are there: they should be the same
-        found.sort(key=lambda path: "safetensors" in path.name)
-    return found[0] if found else None
+def read_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the entries of config.json and the weights under Hugging Face's keys, of whatever origin.
 
-
-def weight_files(directory: Path) -> list[Path]:
-    """Returns all files that hold weights of the saved model in a directory."""
-    found = main_file(directory)
-    if found is None:
-        raise ValueError(f"{directory}: there are no weights here")
-    if found.suffix == ".json":
-        return [directory / name for name in sorted(set(read_index(found).values()))]
-    extra = directory / EXTRA_WEIGHTS  # beside other weights than ours it is a leftover
-    return [found, extra] if found.name == WEIGHTS and extra.is_file() else [found]
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Returns which file holds which weight. Raises: ValueError where it is no file of weights beside it."""
-    where = read_json(path).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise ValueError(f"{path}: damaged, it has no weight_map")
-    ending = Path(path.name.removesuffix(".index.json")).suffix
-    for name in map(str, where.values()):
-        if Path(name).name != name or Path(name).suffix != ending:
-            raise ValueError(f"{path}: {name!r} is no {ending} file beside it")
-        if not (path.parent / name).is_file():
-            raise ValueError(f"{path}: the file {name} is missing")
-    return where
-
-
-def has_safetensors() -> bool:
-    return importlib.util.find_spec("safetensors") is not None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: damaged, no object but {type(content).__name__}")
-    return content
-
-
-def read_model(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the entries of config.json, and the weights under Hugging Face's keys, of whatever origin.
-
-    Nothing is checked against each other yet. Raises: ValueError naming the file that is damaged.
+    Raises: ValueError naming the file that is damaged, or the weight that is none.
     """
-    files = weight_files(directory)
-    if files[0].name == FAIRSEQ:
-        return from_fairseq(read_pickle(files[0]), files[0])
-    weights: dict[str, Tensor] = {}
-    for path in files:
-        part = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-        check_tensors(part, path)
-        if twice := weights.keys() & part.keys():
-            raise ValueError(f"{path}: {sorted(twice)[0]} is in another file of the model already")
-        weights |= part
-    index = main_file(directory)
-    if index.suffix == ".json" and (differing := read_index(index).keys() ^ weights.keys()):
-        raise ValueError(f"{index}: {sorted(differing)[0]} is in the index or in the files, not in both")
-    return HUGGING_FACE_DEFAULTS | read_json(directory / "config.json"), normalise(weights)
+    directory = find_model(directory)
+    found: dict[str, Any] = {}
+    for path in weight_files(directory):
+        found |= read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    with opening(directory):
+        if path.name == "model.pt":
+            entries, found = from_fairseq(found)
+        else:
+            entries = HUGGING_FACE_DEFAULTS | read_json(directory / "config.json")
 
+    weights = {}
+    for key, weight in found.items():
+        # torch.compile and DistributedDataParallel put names of their own before a model's.
+        key = re.sub(r"^module\.|_orig_mod\.", "", str(key))
+        if IGNORED.fullmatch(key):
+            continue
+        is_tensor = isinstance(weight, Tensor) and weight.is_floating_point()
+        # One NaN or infinity makes the sum one.
+        if not is_tensor or not weight.float().sum().isfinite():
+            raise ValueError(f"{directory}: {key} is no tensor of finite floats; train it again, or fetch it")
+        weights[key] = weight.float().contiguous()
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def check_tensors(weights: dict[str, Any], path: Path) -> None:
-    """Raises ValueError where a file's weights are not tensors of floats by name, or more than it can hold.
-
-    A tensor may claim 10^15 values that all stand in one place of the file; a copy would fill the memory.
-    """
-    promised = 0
-    for key, value in weights.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise ValueError(f"{path}: {key} is no tensor with a name, but {type(value).__name__}")
-        if not (value.dtype in FLOATS and value.ndim) and not IGNORED.fullmatch(key):
-            raise ValueError(f"{path}: {key} holds no row of floats, but {value.dtype} of shape "
-                             f"{tuple(value.shape)}")
-        promised += value.numel() * value.element_size()
-    if promised > 3 * path.stat().st_size:  # tied weights are written once and counted twice
-        raise ValueError(f"{path}: refused, its {path.stat().st_size:,} bytes would unfold to {promised:,}")
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not has_safetensors():
-        raise ValueError(f"{path}: reading it needs the package safetensors: pip install safetensors")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if header > 1 << 22:  # LARGE's has 60 KB; the library would take up to 100 MB, and fill 2 GB with it
-            raise ValueError(f"a header of {header:,} bytes")
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
-        raise ValueError(f"{path}: damaged ({first_line(error)})") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-# What a pickled file of weights may name: containers, tensors, storages. torch.load with weights_only
-# executes nothing either, but would make a bytearray of any size that a file of 1 KB asks for.
-PLAIN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
-# What fairseq's arguments are made of. None of it is imported: an `Inert` stands in for each.
-ARGUMENTS = re.compile(r"argparse Namespace|(omegaconf|fairseq)(\.\w+)* \w+|typing Any|numpy dtype|"
-                       r"numpy\._?core\.multiarray scalar|collections defaultdict|enum \w+|"
-                       r"builtins (str|int|float|bool|dict|list|tuple)")
+    # The config.json of 2019 does not say of what kind the model is; the names of its weights do. Only an
+    # encoder that was saved by itself lacks the prefix that it has in a model with a head.
+    is_prefixed = any(key.startswith("roberta.") for key in weights)
+    entries.setdefault("model_type", "roberta" if is_prefixed else None)
+    if not is_prefixed:
+        weights = {"roberta." + key: weight for key, weight in weights.items()}
+    return entries, weights
 
 
 class Inert:
-    """Stands in for another program's class: holds what a file gives it, and does nothing with it."""
+    """Stands in for another program's class: keeps what a file gives it, and does nothing with it."""
 
     def __init__(self, *arguments: Any):
         pass
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
+        self.state = state
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """Returns what torch.save wrote, executing nothing: the names in the file are looked through first."""
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        strangers = {name for name in names_in(path, is_zip) if not PLAIN.fullmatch(name)}
-        for name in sorted(strangers):
-            if path.name != FAIRSEQ or not ARGUMENTS.fullmatch(name):
-                raise pickle.UnpicklingError(f"it names {name.replace(' ', '.')}")
-        with torch.serialization.safe_globals([(Inert, name.replace(" ", ".")) for name in strangers]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        reason = "" if "weights_only" in str(error) else f" ({first_line(error)})"  # torch advises trust
-        raise ValueError(f"{path}: refused, it holds more than plain weights or none at all"
-                         f"{reason}") from None
-    except Exception as error:  # a damaged pickle may fail in any way
-        raise ValueError(f"{path}: damaged ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no weights by name, but {type(content).__name__}")
-    return content
+    """Returns what torch.save wrote. Nothing is executed: torch builds tensors and plain values only."""
+    with opening(path):
+        # fairseq's file holds the arguments of its run, too: in a Namespace, with NumPy's numbers, since 2021
+        # in classes that are not installed here. Of all these only what they hold is wanted.
+        strangers = ["argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar"]
+        if zipfile.is_zipfile(path):
+            # torch does not look at the checksums of its files, which since 2020 are zips.
+            if damaged := zipfile.ZipFile(path).testzip():
+                raise ValueError(f"the checksum of {damaged}")
+            strangers = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def names_in(path: Path, is_zip: bool) -> set[str]:
-    """Returns the classes and functions that a file of torch.save names, as "module name"; executes nothing.
-
-    Raises: pickle.UnpicklingError for names in another form than torch's, and for packed content.
-    """
-    names = set()
-    with open(path, "rb") as file:
-        # Before 1.6 torch wrote five pickles: magic number, version, system, content, keys; then storages.
-        pickles: list[BinaryIO] = [io.BytesIO(pickle_in_zip(file, path))] if is_zip else [file] * 5
-        for pickled in pickles:
-            for number, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
-                if opcode.name in ("GLOBAL", "INST"):
-                    names.add(PYTHON_2.get(argument, argument))
-                elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "DUP") or number > 500_000:
-                    raise pickle.UnpicklingError(f"its opcode {number} is {opcode.name}")
-    return names
-
-
-def pickle_in_zip(file: BinaryIO, path: Path) -> bytes:
-    """Returns the pickle of a file of torch.save, having compared all checksums: a flipped bit is found here.
-
-    Raises: pickle.UnpicklingError where the file could be read in two ways or unpacks to more than it is.
-    """
-    archive, size, found = zipfile.ZipFile(file), path.stat().st_size, []
-    for entry in archive.infolist():
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
-            raise pickle.UnpicklingError(f"{entry.filename} would unpack to {entry.file_size:,} bytes")
-        with archive.open(entry) as content:  # raises BadZipFile for another checksum
-            while entry.CRC and content.read(1 << 20):
-                pass
-        if entry.filename.lower().endswith("data.pkl"):  # torch's reader does not look at the case
-            found.append(archive.read(entry))
-    first = min(entry.header_offset for entry in archive.infolist())
-    if len(found) != 1 or first or torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != found[0]:
-        raise pickle.UnpicklingError(f"it has {len(found)} files data.pkl, or two tables of contents")
-    return found[0]
-
-
-# Pickles of torch.save name what is built in as Python 2 did, and torch.load looks it up by its name today.
-BUILT_IN = {"long": "int", "unicode": "str", **{x: x for x in "str int float bool dict list tuple".split()}}
-PYTHON_2 = {f"__builtin__ {old}": f"builtins {new}" for old, new in BUILT_IN.items()}
-
-
-def count_layers(weights: dict[str, Tensor]) -> int:
-    found = (re.match(r"roberta\.encoder\.layer\.(\d+)\.", key) for key in weights)
-    return len({match[1] for match in found if match})
-
-
-def make_config(entries: dict[str, Any], weights: dict[str, Tensor], changes: dict[str, Any],
-                source: object) -> RobertaConfig:
-    """Returns the config of a saved model with `changes`, or raises ValueError where it is no such model.
-
-    Entries unknown to RobertaConfig are passed over; those in `needed` would change the result.
-    """
-    known = {f.name for f in fields(RobertaConfig)}
-    if unknown := changes.keys() - known:
-        raise ValueError(f"RobertaConfig has no {sorted(unknown)[0]}; it has {', '.join(sorted(known))}")
-    needed = {"model_type": "roberta", "position_embedding_type": "absolute", "is_decoder": False,
-              "add_cross_attention": False}
-    for name, value in needed.items():
-        if (found := entries.get(name, None if name == "model_type" else value)) != value:
-            raise ValueError(f"{source}: {name} is {found!r}; only {value!r} opens here")
-    entries = {key: value for key, value in entries.items() if key in known}
-    if "num_labels" in changes:  # the file's names are for another number
-        entries.pop("id2label", None)
-    if (head := weights.get("classifier.out_proj.weight")) is not None and not entries.get("id2label"):
-        entries.setdefault("num_labels", len(head))
-    if has_own_decoder(weights):  # then it has, whatever config.json says: Hugging Face's classes agree
-        entries["tie_word_embeddings"] = False
-    try:
-        config = RobertaConfig(**entries | changes)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    if (layers := count_layers(weights)) != config.num_hidden_layers:
-        raise ValueError(f"{source}: the config says num_hidden_layers {config.num_hidden_layers}, the "
-                         f"weights have {layers}")
-    return config
-
-
-def read_config(directory: str | Path) -> RobertaConfig:
-    """Returns the config of a saved model, of whatever origin. Raises: ValueError as `from_pretrained`."""
-    directory = find_model(directory)
-    return make_config(*read_model(directory), {}, directory)
-
-
-def open_model(directory: str | Path, head: str | None = None) -> RobertaModelBase:
-    """Returns the model in a directory as the class that its weights are for.
-
-    head: the name of a fairseq classification head, to open RobertaForSequenceClassification with it;
-    without it there are all of them, on a RobertaForMaskedLM. Raises: ValueError as `from_pretrained`.
-    """
-    _, weights = read_model(find_model(directory))
-    kinds = [("classifier.out_proj.weight", RobertaForSequenceClassification),
-             ("classifier.weight", RobertaForMultipleChoice),
-             ("qa_outputs.weight", RobertaForQuestionAnswering),
-             ("nsp_head.weight", RobertaForPreTraining), ("lm_head.bias", RobertaForMaskedLM)]
-    kind = next((kind for key, kind in kinds if key in weights), RobertaModel)
-    return (RobertaForSequenceClassification if head else kind).from_pretrained(directory, head)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# fairseq
-# ----------------------------------------------------------------------------------------------------------
-
-
-def from_fairseq(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns what a model.pt holds as the entries of a config.json and weights under Hugging Face's keys.
-
-    Shapes are the weights' own. Older files keep the arguments in a Namespace, `args`, newer ones in `cfg`,
-    whose `model` has those that concern us.
-    """
-    state, arguments = content.get("model"), plain(content.get("args")) or plain(content.get("cfg"))
-    if not isinstance(state, dict) or not isinstance(arguments, dict):
-        raise ValueError(f"{path}: not fairseq's, which has `model` and `args` or `cfg`")
-    if isinstance(inner := plain(arguments.get("model")), dict):
-        arguments = inner
-    arguments = {name: plain(value) for name, value in arguments.items()}
-    check_tensors(state, path)
-    weights = {}
-    for key, value in state.items():
-        # The first releases called the encoder decoder, and had q, k and v in one matrix.
-        key = re.sub(r"^decoder\.", "encoder.", key)
-        key = key.replace(".sentence_encoder.emb_layer_norm.", ".sentence_encoder.layernorm_embedding.")
-        if match := re.fullmatch(r"(.*\.self_attn\.)in_proj_(weight|bias)", key):
-            weights |= {f"{match[1]}{x}_proj.{match[2]}": part for x, part in zip("qkv", value.chunk(3))}
-        else:
-            weights[key] = value
-    weights = normalise(rename(weights, {new: old for old, new in reversed(FAIRSEQ_NAMES.items())}))
-    needed = {"activation_fn": "gelu", "pooler_activation_fn": "tanh", "encoder_normalize_before": False,
-              "layernorm_embedding": True, "no_scale_embedding": True, "encoder_learned_pos": True,
-              "no_token_positional_embeddings": False, "encoder_layers_to_keep": None}
-    for name, value in needed.items():
-        if arguments.get(name, value) != value:
-            raise ValueError(f"{path}: {name} {arguments[name]!r} is not built, only {value!r}")
-    if has_own_decoder(weights) and not arguments.get("untie_weights_roberta"):
-        raise ValueError(f"{path}: the LM head's weight is not the embedding's, though untie_weights_roberta "
-                         "is not set")
-    try:
-        entries = {
-            "model_type": "roberta", "architectures": ["RobertaForMaskedLM"],
-            "vocab_size": len(weights[WORDS]), "hidden_size": weights[WORDS].shape[1],
-            "num_hidden_layers": count_layers(weights),
-            "num_attention_heads": arguments["encoder_attention_heads"],
-            "intermediate_size": len(weights["roberta.encoder.layer.0.intermediate.dense.weight"]),
-            "max_position_embeddings": len(weights[POSITIONS]),
-            "type_vocab_size": len(weights[TOKEN_TYPES]) if TOKEN_TYPES in weights else 1,
-            "hidden_dropout_prob": arguments.get("dropout", 0.1),
-            "attention_probs_dropout_prob": arguments.get("attention_dropout", 0.1),
-            "classifier_dropout": arguments.get("pooler_dropout", 0.0),
-            "tie_word_embeddings": not arguments.get("untie_weights_roberta", False),
-        }
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: no model of RoBERTa's kind, without {error}") from None
+def from_fairseq(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns what a model.pt holds as the entries of a config.json and weights under Hugging Face's keys."""
+    # Until 2020 the arguments were in `args`, since then in the `model` of `cfg`.
+    arguments = plain(content.get("args")) or plain(plain(content["cfg"])["model"])
+    weights = rename(content["model"], FROM_FAIRSEQ)
+    # The first releases had queries, keys and values in one matrix.
+    for key in [key for key in weights if ".self_attn.in_proj_" in key]:
+        for name, part in zip(("query", "key", "value"), weights.pop(key).chunk(3)):
+            weights[key.replace("self_attn.in_proj_", f"attention.self.{name}.")] = part
+    # fairseq has no row for the only type of token, which is as good as one of zeros.
+    words = weights["roberta.embeddings.word_embeddings.weight"]
+    weights.setdefault("roberta.embeddings.token_type_embeddings.weight", torch.zeros_like(words[:1]))
+    layers = {key.split(".")[3] for key in weights if key.startswith("roberta.encoder.layer.")}
+    entries = {"vocab_size": len(words), "hidden_size": words.shape[1], "num_hidden_layers": len(layers),
+               "num_attention_heads": plain(arguments["encoder_attention_heads"]),
+               "intermediate_size": len(weights["roberta.encoder.layer.0.intermediate.dense.bias"]),
+               "max_position_embeddings": len(weights["roberta.embeddings.position_embeddings.weight"]),
+               "hidden_act": plain(arguments.get("activation_fn", "gelu")),
+               "tie_word_embeddings": not plain(arguments.get("untie_weights_roberta", False))}
     return entries, weights
 
 
 def plain(value: Any) -> Any:
-    """Returns what an `Inert` of fairseq's arguments holds: a dict of a container, the value of a leaf."""
-    for _ in range(4):  # they are not nested deeper, and a hostile file could have one hold itself
-        if isinstance(value, Inert):
-            held = vars(value)
-            value = held.get("_content", held.get("_val", held))
+    """Returns what fairseq's arguments hold: of a Namespace or a container a dict, of a leaf its value."""
+    while isinstance(value, Inert):
+        value = value.state.get("_content", value.state.get("_val", value.state))
     return value
 
 
-def use_head(weights: dict[str, Tensor], name: str | None, places: tuple[str, str],
-             source: object) -> dict[str, Tensor]:
-    """Returns the weights with one of fairseq's named classification heads in the places of a model's own."""
-    names = sorted({key.split(".")[1] for key in weights if key.startswith("classification_heads.")})
-    if name is None and not names:
-        return weights
-    name = names[0] if name is None and len(names) == 1 else name
-    if name not in names:
-        raise ValueError(f"{source}: there is no classification head {name!r} among {names}" if name else
-                         f"{source}: there are classification heads {names}; choose one by `head`")
-    old = (f"classification_heads.{name}.dense.", f"classification_heads.{name}.out_proj.")
-    return rename(weights, dict(zip(old, places)))
+# ----------------------------------------------------------------------------------------------------------
+# Opening and saving
+# ----------------------------------------------------------------------------------------------------------
 
 
-def rename(weights: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    """Returns the weights with each of the table's strings replaced, in its order, wherever a key holds it.
-
-    The keys of named heads are touched by entries for them alone: a name may hold any string, "lm_head" say.
-    """
-    renamed, prefix = {}, "classification_heads."
-    for key, value in weights.items():
-        for old, new in table.items():
-            if key.startswith(prefix) == old.startswith(prefix):
-                key = key.replace(old, new)
-        renamed[key] = value
-    return renamed
+def read_config(directory: str | Path) -> RobertaConfig:
+    """Returns the config of a saved model, of whatever origin. Raises: ValueError as `from_pretrained`."""
+    return make_config(read_model(directory)[0], {}, Path(directory))
 
 
-def save_fairseq(model: RobertaModelBase, directory: str | Path, tokenizer: Tokenizer) -> None:
-    """Writes a directory that fairseq's RobertaModel.from_pretrained opens.
+def make_config(entries: dict[str, Any], changes: dict[str, Any], source: Path) -> RobertaConfig:
+    """Returns the config of a saved model with changes, or raises ValueError where it is no such model."""
+    for name, value in NEEDED.items():
+        if entries.get(name, value) != value:
+            raise ValueError(f"{source}: {name} is {entries[name]!r}; only {value!r} opens here")
+    # What other models have besides is passed over, and so are labels where others are asked for.
+    passed_over = {"num_labels", "id2label"} if {"num_labels", "id2label"} & changes.keys() else set()
+    known = {f.name for f in fields(RobertaConfig)} - passed_over
+    entries = {name: value for name, value in entries.items() if name in known}
+    with opening(source):
+        return RobertaConfig(**entries | changes)
 
-    fairseq's model always has an LM head: where ours has none, one of zeros is added, which finds all tokens
-    equally probable. Raises: ValueError where fairseq has no place for what the model has.
-    """
-    directory, config = Path(directory), model.config
-    fixed = {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "bos_token_id": 0, "pad_token_id": 1,
-             "eos_token_id": 2, "vocab_size": tokenizer.vocab_size}  # its dictionary gives the last
-    for name, value in fixed.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"fairseq's model would have {name} {value}, this one has "
-                             f"{getattr(config, name)}")
-    weights = fold_token_type(model.to_hugging_face())
-    weights.pop("lm_head.decoder.bias", None)
-    weights.setdefault(DECODER, weights[WORDS])
-    for name, value in LMHead(config).state_dict().items():
-        weights.setdefault(RobertaForMaskedLM.hugging_face_key(f"lm_head.{name}"), torch.zeros_like(value))
-    name = "classification_heads.sentence_classification_head."  # what fairseq's task calls its only one
-    heads = dict(zip(type(model).classification_keys or (), (name + "dense.", name + "out_proj.")))
-    weights = rename(weights, FAIRSEQ_NAMES | heads)
-    if lost := [key for key in weights if not key.startswith(("encoder.", "classification_heads."))]:
-        raise ValueError(f"fairseq's RoBERTa has no place for {lost[0]}")
-    arguments = Namespace(
-        arch="roberta_base", task="masked_lm", criterion="masked_lm",
-        encoder_layers=config.num_hidden_layers, encoder_embed_dim=config.hidden_size,
-        encoder_ffn_embed_dim=config.intermediate_size, encoder_attention_heads=config.num_attention_heads,
-        max_positions=config.max_tokens, tokens_per_sample=config.max_tokens, activation_fn="gelu",
-        pooler_activation_fn="tanh", dropout=config.hidden_dropout_prob,
-        attention_dropout=config.attention_probs_dropout_prob, pooler_dropout=config.head_dropout,
-        untie_weights_roberta=not config.tie_word_embeddings)
-    # optimizer_history and extra_state say nothing, but fairseq does not open a file without them.
-    content = {"args": arguments, "model": weights, "optimizer_history": [{"lr_scheduler_state": {}}],
-               "extra_state": {}}
+
+def load_model(kind: type[RobertaModelBase] | None, directory: Path, changes: dict[str, Any]) -> Any:
+    """Returns a saved model as a class, or if None as the class that its weights are for."""
+    entries, weights = read_model(directory)
+    config = make_config(entries, changes, directory)
+    with opening(directory):
+        model = (kind or class_for(weights))(config)
+    # An encoder by itself lacks the prefix that it has as a part of the others.
+    whole = nn.ModuleDict({"roberta": model}) if isinstance(model, RobertaModel) else model
+
+    # Encoder and LM head must be there as they are. Another head stays as drawn where the file has none, or
+    # one for another number of labels. Heads of other models are passed over.
+    weights = rename(weights, FROM_HUGGING_FACE)
+    state: dict[str, Tensor] = {}
+    for part, module in whole.named_children():
+        wanted = {key: value.shape for key, value in module.state_dict(prefix=part + ".").items()}
+        given = {key: weight for key, weight in weights.items() if key.startswith(part + ".")}
+        if part not in ("roberta", "lm_head") and {key: w.shape for key, w in given.items()} != wanted:
+            print(f"note: no fitting {', '.join(wanted)} in {directory}; drawn at random", file=sys.stderr)
+            given = module.state_dict(prefix=part + ".")
+        state |= given
+
+    # The tensors become the model's own. torch compares names and shapes, and names what does not fit.
+    with opening(directory):
+        whole.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def class_for(weights: dict[str, Tensor]) -> type[RobertaModelBase]:
+    """Returns the class of ours that has a place for the head among weights."""
+    kinds = {"classifier.out_proj.weight": RobertaForSequenceClassification,
+             "classifier.weight": RobertaForMultipleChoice, "qa_outputs.weight": RobertaForQuestionAnswering,
+             "nsp_head.dense.weight": RobertaForPreTraining, "lm_head.dense.weight": RobertaForMaskedLM}
+    return next((kind for key, kind in kinds.items() if key in weights), RobertaModel)
+
+
+def open_model(directory: str | Path) -> RobertaModelBase:
+    """Returns the model in a directory as the class that its weights are for, as `from_pretrained` does."""
+    return load_model(None, Path(directory), {})
+
+
+def save_model(model: RobertaModelBase, directory: Path, tokenizer: Tokenizer | None) -> None:
+    """See RobertaModelBase.save_pretrained. The weights come last: with them the directory is a model."""
+    # Hugging Face has no model with NSP; there it opens as the masked LM, and the other heads are left over.
+    architecture = type(model).__name__.replace("ForPreTraining", "ForMaskedLM")
     directory.mkdir(parents=True, exist_ok=True)
-    torch.save(content, directory / FAIRSEQ)
-    tokenizer.save_fairseq(directory)
+    write_atomically(directory / "config.json", model.config.to_json(architecture).encode())
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model.config)
+        tokenizer.save_pretrained(directory, model_max_length=model.config.max_tokens)
+    write_safetensors(directory / MODEL_FILE, rename(model.state_dict(), TO_HUGGING_FACE))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1245,77 +994,55 @@ def save_fairseq(model: RobertaModelBase, directory: str | Path, tokenizer: Toke
 # ----------------------------------------------------------------------------------------------------------
 
 
-def export(directory: str | Path, out: str | Path, file_format: str, head: str | None = None) -> None:
-    """Writes a saved model, of whatever origin, as Hugging Face's ("hf") or fairseq's classes open it.
-
-    Raises: ValueError where there is no model with a tokenizer, no place for it, or `out` is not empty.
-    """
-    from data import Tokenizer  # here, since with ids alone this file needs only torch
-
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} holds something already; choose another directory")
-    model, tokenizer = open_model(directory, head), Tokenizer.from_pretrained(find_model(directory))
-    temporary = out.with_name(f".{out.name}.tmp")  # `out` appears when it is whole
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        if file_format == "fairseq":
-            save_fairseq(model, temporary, tokenizer)
-        else:
-            model.save_pretrained(temporary, tokenizer)
-        os.replace(temporary, out)
-    except RuntimeError as error:  # torch's word for a full disk
-        raise OSError(f"cannot write {out} ({first_line(error)}); is the disk full?") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{type(model).__name__} of {model.num_parameters():,} parameters and its tokenizer are in {out}")
+def answer(model: RobertaModelBase, question: str, passage: str, tokenizer: Tokenizer) -> list[str]:
+    """Returns the answer in a passage after its probability, and a line on whether there is one."""
+    start, end, *answerable = model(model.encode((question, passage), tokenizer))
+    # The passage stands between <s> question </s></s> and </s>.
+    first = len(tokenizer.encode(question)) + 3
+    start, end = start[0, first:-1].softmax(0), end[0, first:-1].softmax(0)
+    # The product for each start and each end, of which the end is not before the start, nor far behind it.
+    scores = (start[:, None] * end).triu().tril(30)  # (T,), (T,) -> (T, T)
+    best_start, best_end = divmod(int(scores.argmax()), len(end))
+    _, characters = tokenizer.encode_with_offsets(passage)
+    text = passage[characters[best_start][0] : characters[best_end][1]].strip()
+    judged = [f"{logit.sigmoid().item():7.2%}  that there is an answer" for logit in answerable]
+    return [f"{scores.max().item():7.2%}  {text}", *judged]
 
 
-def print_fillings(directory: str, text: str, top_k: int) -> None:
-    """Prints the most probable fillings of each mask in a text."""
-    from data import Tokenizer
+def results(model: RobertaModelBase, texts: list[str], tokenizer: Tokenizer, top_k: int) -> list[str]:
+    """Returns what a model makes of one text or two, each result a line."""
+    if isinstance(model, RobertaForMaskedLM) and len(texts) == 1:
+        filled = model.fill_mask(texts[0], tokenizer, top_k)
+        masks = filled if isinstance(filled[0], list) else [filled]
+        return [f"{found['score']:7.2%}  {found['sequence']}" for mask in masks for found in mask]
+    if isinstance(model, RobertaForSequenceClassification) and len(texts) <= 2:
+        logits = model(model.encode(texts, tokenizer))[0]
+        if len(logits) == 1:
+            return [f"{logits.item():.4f}"]
+        names = model.config.id2label.values()
+        return [f"{score:7.2%}  {name}" for name, score in zip(names, logits.softmax(0).tolist())]
+    if isinstance(model, RobertaForQuestionAnswering) and len(texts) == 2:
+        return answer(model, *texts, tokenizer)
+    raise ValueError(f"{type(model).__name__} has no use for {len(texts)} texts; see --help")
 
-    model = RobertaForMaskedLM.from_pretrained(directory)
-    filled = model.fill_mask(text, Tokenizer.from_pretrained(find_model(directory)), top_k)
-    for number, mask in enumerate(filled if isinstance(filled[0], list) else [filled]):
-        if number:
-            print()
-        for candidate in mask:
-            shown = candidate["sequence"].replace("\n", "\\n")
-            print(f"{candidate['score']:7.2%}  {candidate['token_str']!r:20} {shown}")
 
-
-def parse(words: list[str]) -> argparse.Namespace:
-    """Returns the options of a command line, whose first word may be a command, `export`."""
-    if words[:1] == ["export"]:
-        parser = argparse.ArgumentParser(prog="roberta.py export",
-                                         description="Write a model for other programs.")
-        parser.add_argument("model", metavar="DIR", help="run directory, or a saved model of any origin")
-        parser.add_argument("out", metavar="OUT", help="directory to write, new or empty")
-        parser.add_argument("--format", choices=("hf", "fairseq"), default="hf", help="whose (default: hf)")
-        parser.add_argument("--head", metavar="NAME", help="the fairseq classification head to export alone "
-                            "(default: all of them and the LM head)")
-        parser.set_defaults(command="export")
-        return parser.parse_args(words[1:])
-    parser = argparse.ArgumentParser(prog="roberta.py", description="Fill the <mask> in a text.",
-                                     epilog="For other programs' files: roberta.py export --help")
-    parser.add_argument("model", metavar="DIR", help="run directory of train.py, or a saved model")
-    parser.add_argument("text", help='for example "Returns a new array of given <mask> and type."')
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="roberta.py", description="Fill masks, name labels, find answers.")
+    parser.add_argument("model", metavar="DIR", help="run directory, or a saved model of any origin")
+    parser.add_argument("text", nargs="+", help="one with <mask>; one or two to label; question and passage")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fillings (default: 5)")
-    parser.set_defaults(command="fill-mask")
-    return parser.parse_args(words)
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse(sys.argv[1:])
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     try:
-        if options.command == "export":
-            export(options.model, options.out, options.format, options.head)
-        else:
-            print_fillings(options.model, options.text, options.top_k)
+        tokenizer = Tokenizer.from_pretrained(find_model(options.model))
+        for line in results(open_model(options.model), options.text, tokenizer, options.top_k):
+            print(line.replace("\n", "\\n"))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

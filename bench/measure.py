@@ -1,9 +1,15 @@
-"""How the benchmarks measure: contestants in turns, rates beside times, limits measured and not looked up.
+"""How the benchmarks measure: contestants take turns, and limits are measured, not looked up.
 
-Two programs that are timed one after the other are timed on two machines: a laptop slows down as it warms up,
-a cloud's neighbour wakes. So the contestants of a case take turns, round by round, and every ratio is of
-times that were taken side by side. Models take them in a process each, so that none lives on memory that
-another has left behind. pytest-benchmark then gets the times as if it had taken them.
+Two programs that are timed one after the other are timed on two machines: a laptop slows down as it warms
+up, a server's neighbour wakes. So the contestants of a case take turns in one process, round by round:
+
+    round       1         2         3
+    a peer      9 ms      14 ms     9 ms
+    ours        3 ms      5 ms      3 ms        a disturbance lasts longer than a turn, and so meets both
+
+What is reported is the ratio of the medians, here 3. Two things are shared by all contestants because they
+are the process's: the number of threads, and how the C library keeps freed memory, where train.py changes
+it.
 """
 
 from __future__ import annotations
@@ -12,163 +18,99 @@ import contextlib
 import functools
 import gc
 import importlib.util
-import multiprocessing
 import os
-import resource
+import platform
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from data import docstrings, documentation_files, find_parts, read_documents  # noqa: E402
+import data  # noqa: E402
 from roberta import RobertaConfig  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 PRECISIONS = ("fp16", "bf16") if ON_GPU else ("fp32",)
+QUICK = bool(os.environ.get("BENCH_QUICK"))  # every case once, and small: does it work at all?
 
-LEFT_OUT: dict[str, str] = {}  # peers that could not take part, and why: shown below the tables
-
-
-def installed(package: str, peer: str) -> bool:
-    """Returns whether a peer can take part; notes it if not."""
-    found = importlib.util.find_spec(package) is not None
-    if not found:
-        LEFT_OUT[peer] = f"{package} is not installed"
-    return found
+# Hugging Face's libraries; without them a case measures ours alone.
+PEERS = all(importlib.util.find_spec(name) for name in ("transformers", "tokenizers"))
+CASES: list[dict[str, Any]] = []  # what was measured in this session, for the table at its end
 
 
-class Clock:
-    """A timer for pytest-benchmark that tells times taken earlier: `advance` is what is "timed"."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: Iterator[float]) -> None:
-        self.now += next(seconds)
+def command(script: str, flags: dict[str, Any], launcher: list[str] | None = None) -> list[str]:
+    """Returns the words that run one of the four files with these flags."""
+    words = [sys.executable, *(launcher or []), str(ROOT / script)]
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
-CLOCK = Clock()
+# ----------------------------------------------------------------------------------------------------------
+# Taking turns
+# ----------------------------------------------------------------------------------------------------------
 
 
-class Turns(NamedTuple):
-    """What one contestant's rounds took."""
+def compare(benchmark: Any, case: str, contestants: dict[str, Callable[[], object]], *, rounds: int,
+            warmup: int = 1, amount: tuple[float, str] | None = None, flops: float = 0,
+            precision: str = "fp32") -> None:
+    """Times the contestants of a case in turns; notes medians, ratios and rates in `benchmark.extra_info`.
 
-    seconds: list[float]
-    peak_memory: int  # bytes, of the GPU or of the contestant's process; 0 where it has none of its own
-
-
-class Contestant:
-    """What takes turns: a function without arguments, made here by `make()`."""
-
-    def __init__(self, make: Callable[[], Callable]):
-        self.run = make()
-
-    def round(self) -> tuple[float, int]:
-        """Returns the seconds of one call, a GPU waited for, and 0: see ProcessContestant."""
-        gc.collect()
-        synchronize()
-        started = time.perf_counter()
-        self.run()
-        synchronize()
-        return time.perf_counter() - started, 0  # of this process's memory others hold the most
-
-    def end(self) -> None:
-        del self.run
-        gc.collect()
-
-
-class ProcessContestant(Contestant):
-    """The same in a process of its own: memory, allocator and caches are nobody else's. `make` is pickled."""
-
-    def __init__(self, make: Callable[[], Callable]):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(make, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def round(self) -> tuple[float, int]:
-        """Returns the seconds of one call, and the highest memory use of the GPU or the process in bytes."""
-        self.pipe.send("round")
-        return self.pipe.recv()  # raises EOFError if it died; its traceback is on stderr
-
-    def end(self) -> None:
-        self.pipe.close()
-        self.process.join()
-
-
-def serve(make: Callable[[], Callable], pipe: Connection) -> None:
-    """Does a round whenever asked, until the other end is closed."""
-    torch.set_num_threads(train.cores())
-    contestant = Contestant(make)
-    with contextlib.suppress(EOFError):
-        while pipe.recv():
-            reset_peak_memory()
-            seconds, _ = contestant.round()
-            pipe.send((seconds, peak_memory()))
-            if ON_GPU:
-                torch.cuda.empty_cache()  # the others need the room
-
-
-_done: dict[str, dict[str, Turns]] = {}  # by case: its tests, one for each contestant, share the rounds
-
-
-def take_turns(case: str, makers: dict[str, Callable[[], Callable]], rounds: int,
-               kind: type[Contestant] = Contestant, warmup: int = 2) -> dict[str, Turns]:
-    """Returns the times of all contestants of a case; they take their turns at the first call.
-
+    contestants: by name; "ours" is among them, and is whom pytest-benchmark's own columns are about.
     warmup: rounds before those that count.
+    amount: what one turn works through, such as (4096, "tokens"), for the rate.
+    flops: what one turn computes, for the share of the rate of a large matrix product.
     """
-    if case not in _done:
-        contestants = {name: kind(make) for name, make in makers.items()}
-        found = {name: [] for name in contestants}
-        try:
-            for number in range(-warmup, rounds):
-                for name, contestant in contestants.items():
-                    result = contestant.round()
-                    if number >= 0:
-                        found[name].append(result)
-        finally:
-            for contestant in contestants.values():
-                contestant.end()
-        _done[case] = {name: Turns([seconds for seconds, _ in results], max(peak for _, peak in results))
-                       for name, results in found.items()}
-    return _done[case]
+    if QUICK:
+        rounds, warmup = 1, 0
+    times: dict[str, list[float]] = {name: [] for name in contestants}
 
+    def turn(name: str) -> None:
+        started = time.perf_counter()
+        contestants[name]()
+        synchronize()  # a GPU has only been told what to do when the call returns
+        times[name].append(time.perf_counter() - started)
 
-def report(benchmark, case: str, who: str, turns: dict[str, Turns], flops: float = 0, precision: str = "fp32",
-           **amounts: float) -> None:
-    """Hands a contestant's times to pytest-benchmark, in the case's group, with rates in `extra_info`.
+    def turns_of_the_others() -> None:
+        for name in contestants:
+            if name != "ours":
+                gc.collect()  # nobody pays for what another has left behind
+                turn(name)
+        gc.collect()
 
-    amounts: what one round processes, such as tokens=4096; becomes tokens_per_second.
-    """
-    mine, middle = turns[who], median(turns[who].seconds)
-    benchmark.group, benchmark.name = case, who
-    info = benchmark.extra_info
-    info |= {"case": case, "who": who, "device": device_name(), "peak_memory_bytes": mine.peak_memory}
-    info |= {f"{what}_per_second": amount / middle for what, amount in amounts.items()}
+    # pytest-benchmark calls `setup` before each round and does not count its time: there the others go.
+    benchmark.pedantic(lambda: turn("ours"), setup=turns_of_the_others, rounds=rounds, warmup_rounds=warmup)
+    info = note(benchmark, case, {name: found[warmup:] for name, found in times.items()})
+    medians = info["seconds"]
+    if amount:
+        count, info["unit"] = amount
+        info["per_second"] = {name: count / seconds for name, seconds in medians.items()}
     if flops:
-        info |= {"precision": precision, "model_flops_per_second": flops / middle,
-                 "matmul_flops_per_second": matmul_rate(precision),
-                 "share_of_matmul_rate": flops / middle / matmul_rate(precision)}
-    if "ours" in turns and who != "ours":
-        # Of times taken in the same round; the median is not moved by a round that was disturbed.
-        info["times_ours"] = median(a / b for a, b in zip(mine.seconds, turns["ours"].seconds))
-    seconds = iter(mine.seconds)
-    benchmark.pedantic(CLOCK.advance, (seconds,), rounds=len(mine.seconds))
+        # Roofline: how much of what this machine's matrix products can do a contestant gets out of it.
+        limit = matmul_rate(precision)
+        info |= {"precision": precision, "flops": flops, "matmul_flops_per_second": limit}
+        info["share_of_matmul_rate"] = {name: flops / seconds / limit for name, seconds in medians.items()}
+
+
+def note(benchmark: Any, case: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    """Notes the seconds of all rounds, their medians and the ratios of these to ours; returns these notes."""
+    case += " (quick)" if QUICK else ""
+    medians = {name: median(found) for name, found in times.items()}
+    ratios = {name: seconds / medians["ours"] for name, seconds in medians.items() if name != "ours"}
+    benchmark.group = case
+    info = benchmark.extra_info
+    info |= {"case": case, "quick": QUICK, "rounds": times, "seconds": medians, "times_ours": ratios}
+    CASES.append(info)
+    return info
 
 
 def synchronize() -> None:
@@ -176,47 +118,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def reset_peak_memory() -> None:
-    """Begins a new measurement of the highest memory use, where the system lets us."""
-    if ON_GPU:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is now what is held now
+# ----------------------------------------------------------------------------------------------------------
+# Limits
+# ----------------------------------------------------------------------------------------------------------
 
 
-def peak_memory() -> int:
-    """Returns the highest memory use since the last reset, in bytes: the GPU's, or resident."""
-    if ON_GPU:
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if ON_GPU else f"{torch.get_num_threads()} CPU threads"
-
-
-_rates: dict[str, float] = {}
-
-
+@functools.cache
 def matmul_rate(precision: str) -> float:
     """Returns the FLOP/s of a large matrix product on this machine, measured once in each session."""
-    if precision not in _rates:
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-        size = 8192 if ON_GPU else 2048
-        a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-        times = []
-        for _ in range(13):
-            synchronize()
-            started = time.perf_counter()
-            torch.mm(a, b)
-            synchronize()
-            times.append(time.perf_counter() - started)
-        _rates[precision] = 2 * size**3 / median(times[3:])
-    return _rates[precision]
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    size = 8192 if ON_GPU else 2048
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(13):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        synchronize()
+        times.append(time.perf_counter() - started)
+    # Each of the size² results takes `size` multiplications and as many additions. The first rounds warm up.
+    return 2 * size**3 / median(times[3:])
 
 
 def model_flops(config: RobertaConfig, batch_size: int, seq_len: int, predictions: int) -> float:
@@ -226,25 +146,45 @@ def model_flops(config: RobertaConfig, batch_size: int, seq_len: int, prediction
     makes two products for each one of the forward pass.
     """
     width, inner = config.hidden_size, config.intermediate_size
-    weights = config.num_hidden_layers * (4 * width**2 + 2 * width * inner)
-    attention = config.num_hidden_layers * 2 * seq_len * width  # for a token: scores, then their values
+    # Of a token in a layer: query, key, value and output, then the two matrices of the feed-forward layer.
+    weights = 4 * width**2 + 2 * width * inner
+    # Its scores with every token of the sequence, then the sum of their values.
+    attention = 2 * seq_len * width
+    # Of a prediction: the head's dense layer, then the scores of the vocabulary.
     head = width**2 + width * config.vocab_size
-    return 2 * (batch_size * seq_len * (weights + attention) + predictions * head)
+    tokens = batch_size * seq_len
+    return 2 * (tokens * config.num_hidden_layers * (weights + attention) + predictions * head)
 
 
-@functools.cache
-def documents(megabytes: int) -> list[str]:
-    """Returns that much text: of BENCH_CORPUS, files or folders with a colon between, else docstrings.
+# ----------------------------------------------------------------------------------------------------------
+# Text, and the machine
+# ----------------------------------------------------------------------------------------------------------
 
-    Less where there is not as much.
-    """
-    given = [path for path in os.environ.get("BENCH_CORPUS", "").split(":") if path]
-    texts = (text for part in find_parts(given) for text in read_documents(*part)) if given else (
-        text for path in documentation_files() if (text := docstrings(path)))
-    found, size = [], 0
-    for text in texts:
-        found.append(text)
-        size += len(text.encode())
-        if size >= megabytes * 1_000_000:
-            break
-    return found
+
+def texts_of(corpus: data.Corpus) -> Iterator[str]:
+    """Yields the documents of a prepared corpus as text: byte-level BPE has lost nothing of it."""
+    begin = 0
+    for end in corpus.documents:
+        yield corpus.tokenizer.decode(corpus.tokens[begin:end].tolist())
+        begin = end
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if ON_GPU else f"{data.cores()} CPU cores ({processor()})"
+
+
+def processor() -> str:
+    """Returns the processor's name, as far as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text(encoding="utf-8")) if path.exists() else None
+    return found[1] if found else platform.machine()
+
+
+def machine() -> dict[str, str]:
+    """Returns what a figure depends on beside the code: date, commit, hardware, versions."""
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit or "unknown", "machine": device_name(),
+            "torch": torch.__version__, "python": platform.python_version()}

@@ -1,452 +1,341 @@
-"""What the paper's studies share: a grid of runs with several seeds each, then a table, a figure, a reading.
+"""What the paper's studies share: a grid of runs with several seeds, a table beside the paper's, a figure.
 
     python bench/batch_size.py --scale smoke                      # seconds: does it work?
-    python bench/batch_size.py --scale cpu                        # up to 20 minutes on two cores
+    python bench/batch_size.py --scale cpu                        # about 20 minutes on two cores
     python bench/batch_size.py --scale gpu --corpus books/ wiki/  # minutes on one large GPU, on your own text
 
-A study is `train.py` run many times, nothing else: every run has its own directory, with its log and its
-checkpoints, and a second call of the same command finishes what is missing. Runs share the cores, by default
-a thread each, for a small model gains little from a second one.
-
-A reading is written by the program from the numbers, by rules that stand in the study's file: it says what
-was seen and whether the paper saw the same, and it cannot be tuned without the rule being changed.
+A study is data: what is varied, the flags of train.py that follow from it, what is measured, what the paper
+found. This file does the rest, in the order in which it stands here: it runs `train.py` for every cell of
+the grid and every seed, and writes NAME-SCALE.json (a record for each run), .md and .png. Every run has its
+own directory; a second call of the same command takes the finished ones as they are. (After a change of the
+code, take a new --out.)
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
+import itertools
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from measure import ON_GPU, command, machine, texts_of
+from report import show
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train  # noqa: E402
-from data import (  # noqa: E402
-    HELD_OUT,
-    TRAIN,
-    Corpus,
-    PrepareConfig,
-    assign_splits,
-    digest,
-    find_parts,
-    prepare,
-    read_documents,
-    read_json,
-    run_jobs,
-    say,
-    write_atomically,
-)
+import data
+import train
 
 # ----------------------------------------------------------------------------------------------------------
-# How large a study is made
+# What a study is
 # ----------------------------------------------------------------------------------------------------------
+
+Cell = dict[str, Any]  # one value of each thing that is varied: {"batch_size": 16, "peak_lr": 0.002}
+Flags = dict[str, Any]  # of train.py, by name
+Record = dict[str, Any]  # of one run: its cell, its seed, what was measured
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The model and the data that all runs of a study have in common; a study adds what it varies."""
+    """What all runs of a study have in common."""
 
-    vocab_size: int = 2048
-    hidden_size: int = 64
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 2
-    seq_len: int = 64
-    batch_size: int = 16
-    peak_lr: float = 3e-3
-    sequences: int = 24_000  # that a run sees
-    share: float = 1.0  # of the corpus's documents that are trained on
+    flags: Flags
+    vocab_size: int
+    sequences: int  # that a run sees
     seeds: int = 3
 
 
-SMOKE = {"vocab_size": 1024, "hidden_size": 16, "num_hidden_layers": 1, "seq_len": 32, "seeds": 2,
-         "sequences": 256}
-CPU: dict[str, Any] = {}
-GPU = {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
-       "seq_len": 128, "batch_size": 64, "peak_lr": 1e-3, "sequences": 40_000}
+MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256,
+         "seq_len": 64, "batch_size": 16, "peak_lr": 3e-3}
+SMALLEST = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 64, "seq_len": 32}
+LARGER = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048,
+          "seq_len": 128, "batch_size": 64, "peak_lr": 1e-3}
+SCALES = {
+    "smoke": Scale(MODEL | SMALLEST, vocab_size=1024, sequences=256, seeds=2),
+    "cpu": Scale(MODEL, vocab_size=2048, sequences=24_000),
+    "gpu": Scale(LARGER, vocab_size=8192, sequences=40_000),
+}
 
 
-class Arm(NamedTuple):
-    """One cell of a study's grid: what it varies, for the records, and the run that follows from it."""
+class Panel(NamedTuple):
+    """A part of the figure: y against x, with a line for each value of `line`; all three are of a record."""
 
-    values: dict[str, Any]
-    config: train.TrainConfig
-
-    @property
-    def name(self) -> str:
-        return "-".join(f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
-                        for name, value in self.values.items()).replace("_", "")
+    x: str
+    y: str
+    line: str
+    log: bool = False  # x on a logarithmic scale
 
 
-# ----------------------------------------------------------------------------------------------------------
-# A study
-# ----------------------------------------------------------------------------------------------------------
+class Paper(NamedTuple):
+    """A table of the paper's: its figures under its columns, by cell."""
+
+    source: str
+    columns: tuple[str, ...]
+    rows: dict[tuple, tuple]
 
 
+@dataclass(frozen=True, eq=False)  # a key of the caches below is the session itself, not its content
+class Session:
+    """One call of a study."""
+
+    options: argparse.Namespace
+    scale: Scale
+    data: Path  # where prepared text is kept, for all studies with the same --out
+    runs: Path  # where the runs are kept
+
+
+@dataclass(frozen=True)
 class Study:
-    """A question of the paper's. Subclasses say what is run (`arms`), what is drawn, and how it is read.
+    """A question of the paper's."""
 
-    A record is a dict of one run: what was varied, the seed, and what `measure` returns.
-    """
-
-    name: str  # of its files
+    name: str
     title: str
-    paper: str  # what the paper found, with the numbers
-    caveat: str  # what this scale cannot show
-    scales: dict[str, Scale]
-
-    @staticmethod
-    def add_flags(parser: argparse.ArgumentParser) -> None:
-        """Adds the flags that only this study has."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.scale = self.scales[options.scale]
-        if options.seeds:
-            self.scale = replace(self.scale, seeds=options.seeds)
-        self.data = Path(options.out) / "data"
-        self.runs = Path(options.out) / f"{self.name}-{options.scale}"
-
-    def arms(self) -> Iterable[Arm]:
-        """Yields the cells of the grid; best the longest runs first: the cores are then busy to the end."""
-        raise NotImplementedError
-
-    def figures(self, records: list[dict]) -> dict[str, Any]:
-        """Returns matplotlib figures by the ending of their file name; "" is the main one."""
-        raise NotImplementedError
-
-    def reading(self, records: list[dict]) -> list[str]:
-        """Returns sentences on what was seen, and whether it agrees with the paper."""
-        raise NotImplementedError
-
-    def table(self, records: list[dict]) -> list[list[str]]:
-        """Returns the rows of a table, its head first."""
-        varied = list(self.varied(records))
-        rows = [[*varied, "steps", "held-out perplexity, median", "range"]]
-        for values, runs in grouped(records, *varied):
-            rows.append([*map(show, values), show(runs[0]["steps"]), *spread(runs, "eval_perplexity")])
-        return rows
-
-    # What the runs are made of.
-
-    def prepared(self, share: float = 1.0) -> Path:
-        """Returns a prepared directory with a share of the documents, and always the same held-out ones.
-
-        The tokenizer is that of the whole corpus. Shares are nested: what 1/4 has, 1/2 has too.
-        """
-        vocab_size = self.scale.vocab_size
-        whole = self.data / f"units{vocab_size}"
-        config = PrepareConfig(tuple(self.options.corpus), str(whole), vocab_size, workers=self.options.jobs)
-        with quietly(self.data / f"{whole.name}.log"):
-            prepare(config)  # returns at once if it is there; refuses, if it is of another corpus
-        if share == 1:
-            return whole
-        part = self.data / f"{whole.name}-share{share:g}"
-        if not (part / "manifest.json").exists():
-            text = self.data / f"{part.name}.jsonl"
-            chosen = sample(self.documents, share, config.held_out)
-            lines = [json.dumps({"text": document}) + "\n" for document in chosen]
-            write_atomically(text, "".join(lines).encode())
-            with quietly(self.data / f"{part.name}.log"):
-                prepare(replace(config, corpus=(str(text),), out=str(part),
-                                tokenizer=str(whole / "tokenizer")))
-        return part
-
-    def documents(self) -> Iterator[str]:
-        """Yields the documents of the whole corpus."""
-        corpus = self.options.corpus or [self.prepared() / "documentation"]
-        return (document for part in find_parts(corpus) for document in read_documents(*part))
-
-    def config(self, data: Path, max_steps: int, **changes: Any) -> train.TrainConfig:
-        """Returns a pretraining run at this scale: 6 % of it warm-up, evaluated five times if not changed."""
-        scale = self.scale
-        shape = {name: getattr(scale, name) for name in ("hidden_size", "num_hidden_layers",
-                 "num_attention_heads", "seq_len", "batch_size", "peak_lr")}
-        shape |= {"intermediate_size": 4 * scale.hidden_size, "eval_interval": -(-max_steps // 5)} | changes
-        micro = min(shape["batch_size"], 512 if torch.cuda.is_available() else 64)
-        return train.TrainConfig(
-            preset="tiny", data=str(data), max_steps=max_steps, warmup_steps=round(0.06 * max_steps),
-            micro_batch_size=micro, log_interval=max(1, max_steps // 20), keep=1, eval_sequences=1024,
-            checkpoint_interval=-(-max_steps // 3), **shape,
-        )
-
-    # What is done with them.
-
-    def measure(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """Does one run, or finds it done; returns its record."""
-        torch.set_num_threads(max(1, train.cores() // self.options.jobs))
-        out = self.runs / f"{arm.name}-seed{seed}"
-        with quietly(Path(f"{out}.log")):
-            try:
-                results = train.train(replace(arm.config, out=str(out), seed=seed))
-            except FloatingPointError as error:
-                raise ValueError(f"{out.name} diverged: {error}") from None
-        curve = [[line["step"], line["eval_loss"]] for line in train.read_log(out) if "eval_loss" in line]
-        return {**arm.values, "seed": seed, **results, "curve": curve}
-
-    def run(self) -> None:
-        """Does all runs, several at a time; then writes the records, the figures and the reading."""
-        started, records = time.monotonic(), []
-        self.prepared()  # refuses an --out that holds another corpus, before anything is made from it
-        arms = list(self.arms())
-        jobs = [(arm, seed) for seed in range(self.scale.seeds) for arm in arms]
-        say(f"{self.name}: {len(jobs)} runs, {self.options.jobs} at a time, in {self.runs}")
-        for record in run_jobs(self.measure, jobs, self.options.jobs):
-            records.append(record)
-            what = "  ".join(f"{name} {show(record[name])}" for name in arms[0].values)
-            say(f"{len(records)}/{len(jobs)}  {time.monotonic() - started:.0f} s  {what}  seed "
-                f"{record['seed']}: perplexity {record['eval_perplexity']:.1f}")
-        order = {tuple(arm.values.values()): i for i, arm in enumerate(arms)}
-        records.sort(key=lambda r: (order[tuple(r[name] for name in arms[0].values)], r["seed"]))
-        self.write(records, time.monotonic() - started)
-
-    def files(self) -> tuple[Path, str]:
-        """Returns the folder of the results and the stem of their names."""
-        return Path(self.options.results or self.runs), f"{self.name}-{self.options.scale}"
-
-    def write(self, records: list[dict], seconds: float) -> None:
-        """Writes the records into NAME-SCALE.json, then the rest from it."""
-        results, stem = self.files()
-        results.mkdir(parents=True, exist_ok=True)
-        corpus = Corpus(self.prepared(self.scale.share))
-        about = {
-            "study": self.name, "paper": self.paper, "command": command(), **machine(),
-            "corpus": {"text": "given" if self.options.corpus else "documentation",
-                       **corpus.manifest["counts"]},
-            "scale": asdict(self.scale), "parameters": records[0]["parameters"], "jobs": self.options.jobs,
-            "seconds_of_this_call": round(seconds),
-            "seconds_of_all_runs": round(sum(record["seconds"] for record in records)),
-        }
-        records = rounded(records)
-        content = json.dumps(about | {"runs": []}, indent=1)
-        rows = ",\n".join("  " + json.dumps(record) for record in records)
-        content = content.removesuffix("[]\n}") + f"[\n{rows}\n ]\n}}\n"  # a run a line
-        write_atomically(results / f"{stem}.json", content.encode())
-        self.publish()
-
-    def publish(self) -> None:
-        """Draws the figures and writes the reading, from NAME-SCALE.json."""
-        results, stem = self.files()
-        about = read_json(results / f"{stem}.json")
-        self.scale = replace(self.scale, seeds=about["scale"]["seeds"])
-        records, pictures = about["runs"], []
-        reading = self.reading(records)
-        for ending, figure in self.figures(records).items():
-            name = f"{stem}{ending}.png"
-            for axes in figure.axes:
-                keep_labels_apart(axes)
-            figure.savefig(results / f".{name}", dpi=150, format="png")
-            os.replace(results / f".{name}", results / name)
-            pictures.append(f"![{self.title}]({name})")
-        head, *rows = self.table(records)
-        sizes = sorted({record["parameters"] for record in records})
-        lines = [f"# {self.title}", "", f"{self.scale.seeds} seeds, "
-                 f"{' to '.join(f'{size:,}' for size in dict.fromkeys((sizes[0], sizes[-1])))} parameters, "
-                 f"{about['machine']}, torch {about['torch']}; `{about['command']}`", "", *pictures, "",
-                 *(f"- {sentence}" for sentence in [f"The paper: {self.paper}", *reading, self.caveat]), "",
-                 "| " + " | ".join(head) + " |", "|---" * len(head) + "|",
-                 *("| " + " | ".join(row) + " |" for row in rows), ""]
-        write_atomically(results / f"{stem}.md", "\n".join(lines).encode())
-        say("\n".join(["", *reading, "", f"in {results}: {stem}.json, .md, .png"]))
-
-    def varied(self, records: list[dict]) -> list[str]:
-        """Returns the names of what the study varies: what stands before the seed in a record."""
-        return list(records[0])[: list(records[0]).index("seed")]
+    grid: dict[str, dict[str, tuple]]  # by scale: what is varied, its values; the longest runs best first
+    flags: Callable[[Session, Cell], Flags]  # at least `data` and `max_steps`
+    panels: tuple[Panel, ...]
+    paper: Paper
+    columns: tuple[str, ...] = ("eval_perplexity",)  # what of the records the table sums up over the seeds
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by scale: what differs from SCALES
+    measure: Callable[[Session, Cell, Path], dict[str, float]] | None = None  # what is added to a record
 
 
-def sample(documents: Callable[[], Iterator[str]], share: float, held_out: float) -> Iterator[str]:
-    """Yields a share of the documents to train on, chosen by their digests, and all that are held out."""
-    digests = digest(documents())
-    [splits] = assign_splits([digests], held_out)  # as prepare() will assign them
-    lowest = np.uint64(int((1 - share) * 2**64))
-    keep = (splits == HELD_OUT) | (splits == TRAIN) & (digests >= lowest)
-    return (document for document, kept in zip(documents(), keep, strict=True) if kept)
+# ----------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------
+
+# The share of the documents that is held out. prepare() chooses them by their digests, so a part of the
+# corpus that has all of them in it holds the same ones out, and runs on different parts compare.
+HELD_OUT = 0.05
 
 
-def setup() -> train.Setup:
-    """Returns what train.py's functions need to know of this process, and says nothing of it."""
-    with contextlib.redirect_stdout(None):
-        return train.set_up(None)
+@functools.cache
+def prepared(session: Session) -> Path:
+    """Returns the corpus, prepared: that of --corpus, else the documentation installed here."""
+    out = session.data / f"units{session.scale.vocab_size}"
+    corpus = tuple(session.options.corpus)
+    return data.prepare(data.PrepareConfig(corpus, str(out), session.scale.vocab_size, held_out=HELD_OUT))
 
 
-@contextlib.contextmanager
-def quietly(log: Path) -> Iterator[None]:
-    """Sends what is printed into a file: many runs at once would talk over each other."""
+def prepared_texts(session: Session, name: str, texts: Callable[[], Iterable], **config: Any) -> Path:
+    """Returns these texts, prepared under a name; `texts` is called only where that is not done yet."""
+    rows, out = session.data / f"{name}.jsonl", session.data / name
+    if not rows.exists():
+        lines = [json.dumps({"text": text}) + "\n" for text in texts()]
+        data.write_atomically(rows, "".join(lines).encode())
+    return data.prepare(data.PrepareConfig((str(rows),), str(out), held_out=HELD_OUT, **config))
+
+
+@functools.cache
+def share_of_corpus(session: Session, share: float) -> Path:
+    """Returns every k-th document of the training text, and all held-out ones, with the whole's tokenizer.
+
+    Shares are nested: every 16th document is a 4th one, too.
+    """
+    whole = prepared(session)
+    if share == 1:
+        return whole
+
+    def texts() -> Iterator[str]:
+        yield from texts_of(data.Corpus(whole, "heldout"))
+        yield from itertools.islice(texts_of(data.Corpus(whole, "train")), 0, None, round(1 / share))
+
+    return prepared_texts(session, f"{whole.name}-share{share:g}", texts, tokenizer=str(whole / "tokenizer"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------
+
+
+def complete(scale: Scale, flags: Flags) -> Flags:
+    """Returns all flags of a run: what follows from its length, the scale's, and the cell's own."""
+    flags = scale.flags | flags
+    steps = flags["max_steps"]
+    defaults = {
+        # The paper tunes the warm-up for each setting (§3); here it is the same share of every run.
+        "preset": "tiny", "warmup_steps": round(0.06 * steps), "log_interval": max(1, steps // 20),
+        "eval_interval": max(1, steps // 5), "eval_sequences": 1024,
+        "checkpoint_interval": max(1, steps // 3),
+        "micro_batch_size": min(flags["batch_size"], 512 if ON_GPU else 64), "keep": 1,
+    }
+    return defaults | flags
+
+
+def run_script(session: Session, script: str, flags: Flags, log: Path) -> None:
+    """Runs train.py or finetune.py. What it says goes into a file: many at once would talk over each other.
+
+    Raises: ValueError with the last line of that.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
-            contextlib.redirect_stderr(file):
-        yield
+    threads = max(1, data.cores() // session.options.jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(log, "a", encoding="utf-8") as file:
+        done = subprocess.run(command(script, flags), stdout=file, stderr=file, env=environment)
+    if done.returncode:
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
+        raise ValueError(f"{script} ended with {done.returncode}: {' '.join(last)} ({log} has all of it)")
+
+
+def run(study: Study, session: Session, cell: Cell, flags: Flags, seed: int) -> Record:
+    """Does one run, or finds it done; returns its record."""
+    name = "-".join(f"{name}{value}" for name, value in cell.items()).replace("_", "")
+    out = session.runs / f"{name}-seed{seed}"
+    flags = flags | {"seed": seed, "out": out}
+    # The record is written when all is done, with the flags that it is of: other flags make another run.
+    path, described = Path(f"{out}.json"), {name: str(value) for name, value in flags.items()}
+    if path.exists():
+        finished = data.read_json(path)
+        if finished["flags"] == described:
+            return finished["record"]
+    run_script(session, "train.py", flags, Path(f"{out}.log"))
+    record = {**cell, "seed": seed, **data.read_json(out / "results.json"), "curve": curve(out)}
+    if study.measure:
+        record |= study.measure(session, cell, out)
+    data.write_json(path, {"flags": described, "record": record})
+    return record
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    """Returns step, epoch and perplexity of each of a run's evaluations."""
+    lines = train.read_log(out)
+    # The lines of evaluations do not have the epoch; those of training have that in which their step began.
+    last = [line for line in lines if "epoch" in line][-1]
+    epochs_per_step = last["epoch"] / max(1, last["step"] - 1)
+    found = [(line["step"], line["eval_perplexity"]) for line in lines if "eval_perplexity" in line]
+    return [{"step": step, "epoch": step * epochs_per_step, "perplexity": value} for step, value in found]
+
+
+def run_all(study: Study, session: Session) -> list[Record]:
+    """Does all runs, several at a time; returns their records in the order of the grid."""
+    grid = study.grid[session.options.scale]
+    cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    flags = [complete(session.scale, study.flags(session, cell)) for cell in cells]
+    # Seed by seed: a study that is stopped early has seen every cell.
+    jobs = [(*job, seed) for seed in range(session.scale.seeds) for job in zip(cells, flags)]
+    print(f"{study.name}: {len(jobs)} runs, {session.options.jobs} at a time, in {session.runs}", flush=True)
+    pool = ThreadPoolExecutor(session.options.jobs)  # of threads, each waiting for a process
+    try:
+        futures = [pool.submit(run, study, session, *job) for job in jobs]
+        for number, future in enumerate(as_completed(futures), 1):
+            record = future.result()
+            shown = [f"{name} {show(record[name])}" for name in (*grid, "seed", *study.columns)]
+            print(f"{number}/{len(jobs)}  {'  '.join(shown)}", flush=True)
+    except BaseException:
+        # The runs that have begun end first; Ctrl-C has reached them, too, and train.py saves before it goes.
+        pool.shutdown(cancel_futures=True)
+        raise
+    return [future.result() for future in futures]
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Numbers and words
+# Table and figure
 # ----------------------------------------------------------------------------------------------------------
 
 
-def grouped(records: list[dict], *names: str) -> list[tuple[tuple, list[dict]]]:
+def grouped(records: list[Record], *names: str) -> dict[tuple, list[Record]]:
     """Returns the records that agree in `names`, in the order in which these first occur."""
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record[name] for name in names), []).append(record)
-    return list(groups.items())
+    return groups
 
 
-def values(runs: list[dict], name: str = "eval_perplexity") -> list[float]:
-    return [run[name] for run in runs]
+def spread(values: list[float]) -> str:
+    """Returns median and range: the paper, too, reports medians over seeds (§5.1, Table 1).
 
-
-def center(runs: list[dict], name: str = "eval_perplexity") -> float:
-    """Returns the median over the seeds, the paper's own summary (§5.1, Table 1)."""
-    return float(median(values(runs, name)))
-
-
-def show(value: Any) -> str:
-    """Returns a number in three digits or so.
-
-    >>> show(43.602), show(0.003), show(1250), show("static")
-    ('43.6', '0.003', '1,250', 'static')
+    >>> spread([3.5, 2.0, 7.0]), spread([2048, 2048])
+    ('3.5 (2 to 7)', '2,048')
     """
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    low, high = min(values), max(values)
+    return show(low) if low == high else f"{show(median(values))} ({show(low)} to {show(high)})"
 
 
-def spread(runs: list[dict], name: str) -> list[str]:
-    found = values(runs, name)
-    return [show(float(median(found))), f"{show(float(min(found)))} to {show(float(max(found)))}"]
+def table(study: Study, records: list[Record]) -> str:
+    """Returns the Markdown table: a line for each cell, the paper's figures beside it where it has the same
+    cell; below, the paper's other cells."""
+    varied, paper = list(study.grid["smoke"]), study.paper
+    rows = [[*varied, "steps", *study.columns, *(f"paper: {column}" for column in paper.columns)]]
+    rows.append(["---"] * len(rows[0]))
+    cells = grouped(records, *varied)
+    for cell in cells | paper.rows:
+        runs = cells.get(cell, [])
+        measured = [spread([run[name] for run in runs]) if runs else "" for name in ("steps", *study.columns)]
+        figures = paper.rows.get(cell, [""] * len(paper.columns))
+        rows.append([*map(show, cell), *measured, *map(str, figures)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def apart(a: list[dict], b: list[dict], name: str = "eval_perplexity") -> int:
-    """Returns 1 if every seed of `a` has less of a measure than any of `b`, -1 if more, 0 if the ranges meet.
-
-    That is what three to five seeds can show: by chance alone, three against three are apart in one of ten.
-    """
-    first, second = values(a, name), values(b, name)
-    return (max(first) < min(second)) - (min(first) > max(second))
-
-
-def compare(a: list[dict], b: list[dict], name: str = "eval_perplexity") -> str:
-    """Returns in words how `a` stands to `b`, of a measure of which less is better; with both medians."""
-    words = {1: "better in every seed", -1: "worse in every seed", 0: "not told apart by the seeds' ranges"}
-    return f"{words[apart(a, b, name)]} ({show(center(a, name))} against {show(center(b, name))})"
-
-
-def rounded(value: Any) -> Any:
-    """Returns the value with floats of six digits: what a reader of the JSON needs."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def machine() -> dict[str, str]:
-    """Returns what a figure depends on beside the code: date, commit, hardware, versions."""
-    commit = "unknown"
-    with contextlib.suppress(OSError):  # no git on this machine
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
-    gpu = torch.cuda.is_available()
-    hardware = torch.cuda.get_device_name() if gpu else f"{train.cores()} CPU cores ({processor()})"
-    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": hardware,
-            "torch": torch.__version__, "python": platform.python_version(),
-            "precision": "fp16" if gpu else "fp32"}
-
-
-def processor() -> str:
-    """Returns the processor's name, as far as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def command() -> str:
-    """Returns this call without the folders of the machine it was made on."""
-    words = [word.removeprefix(f"{ROOT}/") for word in sys.argv[1:]]
-    words = [Path(word).name if os.path.isabs(word) else word for word in words]
-    return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Figures
-# ----------------------------------------------------------------------------------------------------------
-
-# Okabe and Ito's colours, told apart by colour-blind readers; the markers, and labels on the lines, in print.
+# Okabe and Ito's colours, told apart by colour-blind readers; the markers, in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 
 
-def axes_for(title: str, xlabel: str, ylabel: str, panels: int = 1) -> tuple[Any, Any]:
-    """Returns a figure and its axes, one or several side by side."""
-    import matplotlib
+def draw(study: Study, records: list[Record], path: Path) -> None:
+    """Draws the panels side by side."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, panels, figsize=(7 if panels == 1 else 10, 4.2), layout="constrained")
-    for each in np.atleast_1d(axes):
-        each.set(xlabel=xlabel, ylabel=ylabel)
-        each.spines[["top", "right"]].set_visible(False)
-        each.margins(x=0.12)
-    figure.suptitle(title, fontsize=11)
-    return figure, axes
+    count = len(study.panels)
+    figure = Figure(figsize=(2 + 5 * count, 4.2), layout="constrained")
+    for number, panel in enumerate(study.panels, 1):
+        draw_panel(figure.add_subplot(1, count, number), panel, records)
+    figure.suptitle(f"{study.title}: median and range of the seeds")
+    figure.savefig(path, dpi=150)
 
 
-def draw_line(axes: Any, i: int, label: str, xs: Sequence[float], samples: Sequence[Sequence[float]]) -> None:
-    """Draws line `i`: medians, bars from the lowest to the highest of the seeds, and its name at the end."""
-    middle = np.array([median(sample) for sample in samples])
-    below = middle - np.array([min(sample) for sample in samples])
-    above = np.array([max(sample) for sample in samples]) - middle
-    style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-    axes.errorbar(xs, middle, (below, above), capsize=3, linewidth=1.4, **style)
-    axes.annotate(label, (xs[-1], middle[-1]), (7, 0), textcoords="offset points", va="center", fontsize=9,
-                  color=style["color"], gid="line")
+def draw_panel(axes: Any, panel: Panel, records: list[Record]) -> None:
+    """Draws medians, and through each a line from the lowest to the highest of the seeds."""
+    points = records
+    if panel.x not in records[0]:  # it is in the curve, once for each evaluation
+        points = [record | point for record in records for point in record["curve"]]
+    for i, ((value,), of_line) in enumerate(grouped(points, panel.line).items()):
+        groups = grouped(of_line, panel.x)
+        xs = [x for (x,) in groups]
+        samples = [[point[panel.y] for point in group] for group in groups.values()]
+        label = f"{panel.line.replace('_', ' ')} {show(value)}"
+        axes.plot(xs, list(map(median, samples)), color=COLORS[i % 7], marker=MARKERS[i % 7], label=label)
+        axes.vlines(xs, list(map(min, samples)), list(map(max, samples)), color=COLORS[i % 7])
+    if "perplexity" in panel.y:
+        # What guessing by frequency alone would reach. (A small share of the text has a worse one.)
+        baseline = min(record["unigram_perplexity"] for record in records)
+        axes.axhline(baseline, color="#555555", linestyle="--", linewidth=1, label="unigram baseline")
+    if panel.log:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(xs, map(show, xs))
+    axes.set(xlabel=panel.x.replace("_", " "), ylabel=panel.y.replace("_", " "))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
 
 
-def keep_labels_apart(axes: Any, points: float = 11) -> None:
-    """Moves the names of lines that end close together up, so that none is written over another."""
-    labels = [text for text in axes.texts if text.get_gid() == "line"]
-    pixels = points * axes.figure.dpi / 72
-    taken: list[tuple[float, float]] = []
-    for label in sorted(labels, key=lambda label: axes.transData.transform(label.xy)[1]):
-        x, y = axes.transData.transform(label.xy)
-        near = [other + pixels for at, other in taken if abs(at - x) < 20 * pixels]
-        place = max([y, *near])
-        taken.append((x, place))
-        label.set_position((7, (place - y) * 72 / axes.figure.dpi))
-
-
-def draw_baseline(axes: Any, value: float, label: str = "unigram baseline") -> None:
-    axes.axhline(value, color="#555555", linestyle="--", linewidth=1)
-    axes.annotate(label, (0.01, value), (0, 3), xycoords=("axes fraction", "data"), fontsize=9,
-                  color="#555555", textcoords="offset points",
-                  bbox={"color": "white", "alpha": 0.8, "pad": 0.5})
-
-
-def plain_ticks(axes: Any, xs: Sequence[float], axis: str = "x") -> None:
-    """Puts the axis on a logarithmic scale with the values themselves as ticks."""
-    getattr(axes, f"set_{axis}scale")("log")
-    getattr(axes, f"set_{axis}ticks")(xs, [show(x) for x in xs])
-    getattr(axes, f"{axis}axis").minorticks_off()
-
-
-def caption(figure: Any, text: str) -> None:
-    figure.supxlabel(text, fontsize=8, color="#555555")
+def publish(study: Study, session: Session, records: list[Record]) -> None:
+    """Writes NAME-SCALE.json, .md and .png."""
+    results = Path(session.options.results or session.options.out)
+    stem = f"{study.name}-{session.options.scale}"
+    results.mkdir(parents=True, exist_ok=True)
+    # The call without the folders of the machine that it was made on.
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    call = shlex.join(["python", f"bench/{study.name}.py", *words])
+    tokens = data.Corpus(prepared(session)).num_tokens
+    about = {"study": study.name, "command": call, **machine(), "precision": "fp16" if ON_GPU else "fp32",
+             "corpus_tokens": tokens, "scale": asdict(session.scale)}
+    data.write_json(results / f"{stem}.json", about | {"runs": records})
+    draw(study, records, results / f"{stem}.png")
+    text = (
+        f"# {study.title}\n\n`{call}`, {about['machine']}, {about['date']}, commit "
+        f"{about['commit']}, torch {about['torch']}. Median and range of {session.scale.seeds} seeds; the "
+        f"paper's figures are from {study.paper.source}.\n\n{table(study, records)}\n\n![]({stem}.png)\n"
+    )
+    data.write_atomically(results / f"{stem}.md", text.encode())
+    print(f"\n{table(study, records)}\n\nin {results}: {stem}.json, .md, .png")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -454,29 +343,30 @@ def caption(figure: Any, text: str) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def main(study: type[Study], argv: Sequence[str] | None = None) -> None:
-    """Runs a study from the command line."""
-    parser = argparse.ArgumentParser(f"{study.name}.py", None, f"{study.title}. The paper: {study.paper}")
-    parser.add_argument("--scale", choices=list(study.scales), default="smoke",
-                        help="smoke: seconds; cpu: 20 minutes on 2 cores; gpu: 8 minutes (default smoke)")
-    parser.add_argument("--corpus", nargs="+", default=[],
-                        help="text; none: the documentation installed here")
-    parser.add_argument("--out", default="runs/studies",
-                        help="where runs and data are kept (default %(default)s)")
-    parser.add_argument("--results", help="where JSON, figures and reading go; none: beside the runs")
-    parser.add_argument("--seeds", type=int, help="runs of each setting; none: the scale's")
-    parser.add_argument("--redraw", action="store_true",
-                        help="run nothing: figures and reading from the JSON that is there")
+def main(study: Study, about: str) -> None:
+    """Runs a study from the command line; `about` is its file's docstring."""
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"{study.name}.py", description=about, formatter_class=as_it_stands)
+    parser.add_argument("--scale", choices=list(SCALES), default="smoke", help="how large; default: smoke")
+    parser.add_argument("--corpus", nargs="+", default=[], help="text; none: the documentation installed")
+    parser.add_argument("--out", default="runs/studies", help="keeps runs and data; default: %(default)s")
+    parser.add_argument("--results", help="where table and figure go; none: --out")
+    parser.add_argument("--seeds", type=int, default=0, help="runs of each cell; 0: the scale's")
     # Many processes would fight for one GPU's memory; a small model on the CPU uses one core well.
-    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else train.cores(),
-                        help="runs at a time (default: one a core, one on a GPU)")
-    study.add_flags(parser)
-    options = parser.parse_args(argv)
-    if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
-        parser.error(f"--jobs {options.jobs} and --seeds {options.seeds or 0} must be at least 1")
+    jobs = 1 if ON_GPU else data.cores()
+    parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time; default: %(default)s here")
+    options = parser.parse_args()
+    if options.jobs < 1 or options.seeds < 0:
+        parser.error(f"--jobs {options.jobs} must be at least 1, --seeds {options.seeds} at least 0")
+    scale = replace(SCALES[options.scale], **study.changes.get(options.scale, {}))
+    scale = replace(scale, seeds=options.seeds or scale.seeds)
+    out = Path(options.out)
+    session = Session(options, scale, out / "data", out / f"{study.name}-{options.scale}")
+    torch.set_num_threads(max(1, data.cores() // options.jobs))  # for what is measured in this process
     try:
-        study(options).publish() if options.redraw else study(options).run()
-    except (ValueError, OSError, FloatingPointError) as error:
-        train.fail(f"error: {error}")
+        publish(study, session, run_all(study, session))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        train.fail("interrupted; the same command goes on from here", 130)
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,68 +1,15 @@
-"""The tests' fixtures: a prepared directory, the rule for missing oracles, the count of injected faults."""
+"""The tests' fixtures: a prepared directory, an undisturbed run on it, the rule for missing oracles."""
 
 import importlib
-import json
 import os
-import platform
-import subprocess
-import sys
-import time
-from collections import Counter, defaultdict
 from pathlib import Path
 
-import pytest
-from helpers import ROOT, make_documents
+os.environ["OMP_NUM_THREADS"] = "1"  # more gain nothing here, and wait for each other on a busy machine
 
-import data
+import pytest  # noqa: E402
+from helpers import config, make_documents  # noqa: E402
 
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--faults-json", type=Path, help="where to write which faults were survived, and how many"
-    )
-
-
-@pytest.fixture(scope="session")
-def faults(request):
-    """What was injected and survived, by fault; written at the end where --faults-json says."""
-    counts, path = defaultdict(Counter), request.config.getoption("--faults-json")
-    yield counts
-    if path and counts:
-        import torch
-
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        )
-        lost = counts.pop("lost", Counter())
-        survived = sum(entry["injected"] for entry in counts.values())
-        record = {
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit.stdout.strip(),
-            "command": "pytest " + " ".join(sys.argv[1:]),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "injected": survived + lost.total(),
-            "recovered": survived,
-            "data_lost": lost.total(),
-            "lost": lost,
-            "faults": counts,
-        }
-        path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-@pytest.fixture
-def tally(faults, request):
-    """Notes faults that a test has injected and, after its last assertion, found survived."""
-    noted = []
-
-    def note(fault: str, injected: int = 1, **more: int) -> None:
-        faults[fault].update(injected=injected, **more)  # sums up what several tests note
-        noted.append(fault)
-
-    yield note
-    if not noted:
-        faults["lost"][request.node.name] += 1
+import data  # noqa: E402
 
 
 @pytest.fixture
@@ -82,7 +29,15 @@ def prepared(tmp_path_factory) -> Path:
     """A prepared directory: 300 documents, 400 units, a tenth held out."""
     root = tmp_path_factory.mktemp("corpus")
     (root / "text.txt").write_text("\n\n".join(make_documents(300)), encoding="utf-8")
-    config = data.PrepareConfig(
-        (str(root / "text.txt"),), str(root / "prepared"), 400, workers=1, held_out=0.1
-    )
-    return data.prepare(config)
+    return data.prepare(data.PrepareConfig((str(root / "text.txt"),), str(root / "prepared"), 400, workers=1,
+                                           held_out=0.1))
+
+
+@pytest.fixture(scope="session")
+def straight(prepared, tmp_path_factory) -> Path:
+    """The directory of an uninterrupted run of 12 steps in one process; not to be changed."""
+    import train
+
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train.pretrain(config(prepared, out))
+    return out

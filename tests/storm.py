@@ -1,130 +1,81 @@
-"""Kills a program again and again, at random moments or at every step of a checkpoint's write.
+"""Kills a program before the n-th of its writes, the same moment on any machine, and starts it again.
 
-    python tests/storm.py random train.py KILLS LONGEST_SECONDS SEED ARGUMENTS...
-    python tests/storm.py every train.py ARGUMENTS...
+    python tests/storm.py chain N OUT train.py ARGUMENTS...    every start is killed before its N-th write
+    python tests/storm.py every N OUT train.py ARGUMENTS...    begun anew for each N-th write, killed there,
+                                                               then finished, and kept as OUT-killed-<write>
 
-Its children are forked from a process that has imported torch already, so that hundreds of starts take
-seconds. It prints what it did as JSON; the tests compare what the program left with an uninterrupted run.
+A write is a call that changes the directory: a rename, a flush, a new or a deleted file. The starts are
+forked from a process that has imported torch already, so each takes milliseconds. Prints the number of kills.
 """
 
-import contextlib
-import functools
+import io
 import itertools
-import json
 import os
-import random
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 
+WRITES = [(os, name) for name in ("replace", "fsync", "sync", "mkdir", "unlink", "rmdir")]
+WRITES += [(data.TokenFiles, "append"), (data.TokenFiles, "note"), (train, "append_line")]
 
-def start(work: Callable[[], None]) -> int:
-    """Returns the process that does the work; its output is thrown away, but for errors."""
+
+def killed_before(number: int, script: str, arguments: list[str]) -> bool:
+    """Runs a program until its `number`-th write (0: to its end); returns whether it came so far."""
     process = os.fork()
-    if process:
-        return process
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        work()
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
+    if not process:
+        counter = itertools.count(1)
 
+        def counted(function):
+            def call(*positional, **named):
+                if next(counter) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*positional, **named)
 
-def was_killed(process: int) -> bool:
-    """Waits for a process to end. Raises: RuntimeError where it failed by itself."""
+            return call
+
+        for owner, name in WRITES:
+            setattr(owner, name, counted(getattr(owner, name)))
+        code = 0
+        try:
+            {"data.py": data, "train.py": train}[script].main(arguments)
+        except BaseException as error:
+            code = getattr(error, "code", repr(error))  # SystemExit has one
+        if code:
+            print(code, file=sys.stderr, flush=True)
+        os._exit(bool(code))
     _, status = os.waitpid(process, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise RuntimeError(f"a child failed with exit code {os.WEXITSTATUS(status)}")
+        sys.exit("a start failed that was not killed")
     return os.WIFSIGNALED(status)
 
 
-def at_random(
-    work: Callable[[int], None], out: Path, kills: int, longest: float, seed: int
-) -> dict[str, int]:
-    """Kills the work `kills` times, each after up to `longest` seconds; then lets it come to its end."""
-    rng, counts = random.Random(seed), {"kills": 0, "inside_a_write": 0}
-
-    def half_written() -> set[tuple[Path, int]]:
-        found = set()
-        for path in out.rglob(".*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # a worker of the one killed, in its last moment
-                found.add((path, path.stat().st_mtime_ns))
-        return found
-
-    while counts["kills"] < kills:
-        before = half_written()
-        process = start(lambda: work(counts["kills"]))
-        time.sleep(rng.uniform(0, longest))
-        os.kill(process, signal.SIGKILL)
-        if not was_killed(process):
-            break  # it was over before
-        counts["kills"] += 1
-        counts["inside_a_write"] += bool(half_written() - before)
-    was_killed(start(lambda: work(0)))
-    return counts
-
-
-def at_every_step(work: Callable[[], None], out: Path) -> dict[str, int]:
-    """Begins the work anew as often as it renames, flushes, links or deletes, killed one such call later."""
-    begun = out.with_name(out.name + "-begun")
-    shutil.copytree(out, begun, symlinks=True)
-    for number in itertools.count(1):
-        shutil.rmtree(out)
-        shutil.copytree(begun, out, symlinks=True)
-        if not was_killed(start(functools.partial(killed_before, number, work))):
-            return {"kills": number - 1}
-        was_killed(start(work))
-        shutil.copytree(out, out.with_name(f"{out.name}-killed-{number}"), symlinks=True)
-
-
-def killed_before(number: int, work: Callable[[], None]) -> None:
-    """Does the work until it changes the directory for the number-th time."""
-    calls = 0
-
-    def counted(function: Callable) -> Callable:
-        def call(*arguments, **named):
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **named)
-
-        return call
-
-    for name in ("replace", "fsync", "symlink", "mkdir", "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
-    train.torch.save = counted(train.torch.save)
-    work()
-
-
 def main() -> None:
-    mode, script, *arguments = sys.argv[1:]
-    if mode == "random":
-        kills, longest, seed, *arguments = arguments
-    out = Path(arguments[arguments.index("--out") + 1])
-
-    train.Pretraining.plot = lambda _: None  # drawing would take most of the time, and most of the kills
+    mode, stride, out, script, *arguments = sys.argv[1:]
+    stride, out, kills = int(stride), Path(out), 0
+    data.BLOCK_BYTES = 5000  # many jobs for `prepare`
+    train.plot_log = lambda *_: None  # drawing would take most of the time
     train.torch.optim.AdamW([train.torch.zeros(1)])  # has torch import what it imports late
-
-    def work(attempt: int = 0) -> None:
-        if script == "train.py":
-            train.train(train.parse(arguments))
-        else:  # with another number of workers each time
-            data.main([*arguments, "--workers", str(attempt % 4 + 1)])
-
-    if mode == "random":
-        print(json.dumps(at_random(work, out, int(kills), float(longest), int(seed))))
+    sys.stdout = io.StringIO()
+    if mode == "chain":
+        while killed_before(stride, script, arguments):
+            kills += 1
     else:
-        print(json.dumps(at_every_step(work, out)))
+        begun = out.with_name(f"{out.name}-begun")
+        shutil.copytree(out, begun)
+        for number in itertools.count(1, stride):
+            shutil.rmtree(out)
+            shutil.copytree(begun, out)
+            if not killed_before(number, script, arguments):
+                break
+            killed_before(0, script, arguments)
+            shutil.copytree(out, out.with_name(f"{out.name}-killed-{number}"))
+            kills += 1
+    print(kills, file=sys.__stdout__)
 
 
 if __name__ == "__main__":

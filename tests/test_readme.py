@@ -1,4 +1,4 @@
-"""The README says what is there: names, line counts, tags, flags and commands."""
+"""The README says what is there: names, tags, flags and commands."""
 
 import re
 import shlex
@@ -22,12 +22,6 @@ def test_every_row_from_paper_to_code_names_something_that_exists():
         assert hasattr(MODULES[file], name), (reference, file, name)
 
 
-def test_line_counts():
-    for file in MODULES:
-        lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
-        assert f"| [{file}]({file}) | {lines} |" in README, f"{file} has {lines} lines"
-
-
 @pytest.mark.parametrize("tag", ["DIFFERS", "CHOICE"])
 def test_tags_in_the_code_are_listed(tag):
     files = [*(ROOT / file for file in MODULES), *(ROOT / "bench").glob("*.py")]
@@ -44,9 +38,9 @@ def test_files_and_flags_that_are_named_exist():
         for field in data.dataclasses.fields(config)
     }
     torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
-    exports = {"--format", "--head"}
     benchmarks = {"--benchmark-only", "--benchmark-json", "--scale", "--corpus", "--out"}
-    assert set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", README)) <= flags | torchruns | exports | benchmarks
+    named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", README))
+    assert named <= flags | torchruns | benchmarks | {"--help"}
 
 
 def test_commands_parse():
@@ -65,10 +59,10 @@ def test_commands_parse():
             found += 1
         if "data.py" in words:
             parser = data.argparse.ArgumentParser()
-            data.add_flags(parser, data.PrepareConfig)
+            data.add_flags(parser, data.PrepareConfig())
             parser.parse_args(words[words.index("data.py") + 2 :])
             found += 1
-    assert found >= 15
+    assert found >= 9
 
 
 def test_requirements_pin_what_the_project_allows():
