@@ -379,6 +379,9 @@ class RobertaModel(RobertaModelBase):
         Raises: ValueError for inputs longer than the positions.
         """
         real = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask.bool()
+        # Only padding is shut out. Where a row holds several documents (FULL-SENTENCES, §4.2), their tokens
+        # see each other, with no more than a separator in between.
+
         # A micro-batch that got no sequence is one row of nothing but padding (data.py, `assemble`). A
         # softmax over no key at all is 0/0, and one such row turns every gradient into NaN. So a row like
         # that may look at all of its padding; nobody reads the result.
