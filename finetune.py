@@ -22,10 +22,10 @@ candidates: here both are classified like every other task.
 
 Part I follows the path. Part II reads the published files, and has the commands that run one setting several
 times. What Part I uses of it: a `TaskBatch` is what one forward pass reads, items padded to one length.
-`TaskBatches.step` gives the micro-batches of a step. `measure` walks the whole path for the dev set, and
-gives loss and metrics. `build_model` puts a head's layers on the pretrained encoder. `first_answer` gives the
-tokens of the first gold answer that stands where the file says (by `tokens_of_answer`), None if there is
-none. `Head`, in signatures, is one of the three classes below.
+`TaskBatches.step` gives the micro-batches of a step. `predict` gives the probabilities of all items, and
+`metrics_of` compares predictions with labels. `build_model` puts a head's layers on the pretrained encoder.
+`first_answer` gives the characters of the first gold answer that stands where the file says, None if there is
+none.
 
 From train.py Part I takes what pretraining is made of. `begin` makes the optimiser and all else that a step
 changes. `resume` takes over the newest checkpoint, if there is one. `accumulate` adds up a step's gradients.
@@ -111,9 +111,6 @@ class FinetuneConfig(RunConfig):
 
 def table_10(task: str) -> dict[str, Any]:
     """The settings in which a task differs from GLUE's.
-
-    RACE and SQuAD have long texts, and many of them. So much is learned in one pass that fewer passes are
-    enough.
 
     >>> table_10("rte"), table_10("race")["peak_lr"]
     ({}, 1e-05)
@@ -227,18 +224,16 @@ class Item(NamedTuple):
 def cut_longer(first: np.ndarray, second: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Two texts that together have no more than `room` tokens.
 
-    The longer one loses its last token until both fit: a short question is kept whole beside a long passage.
+    Only the longer one is cut, down to the other's length if need be: a short question is kept whole beside a
+    long passage, and of two long texts each has half of the room.
 
     >>> [text.tolist() for text in cut_longer(np.arange(3), np.arange(20), room=8)]
     [[0, 1, 2], [0, 1, 2, 3, 4]]
     """
-    # Token by token, so that two long texts end up equally long.
-    while len(first) + len(second) > room:
-        if len(first) > len(second):
-            first = first[:-1]
-        else:
-            second = second[:-1]
-    return first, second
+    # Half of the room is the first one's in any case, and so is what the second leaves of the other half.
+    half = (room + 1) // 2
+    first = first[: max(half, room - len(second))]
+    return first, second[: room - len(first)]
 
 
 def fill_blank(question: str, answer: str) -> str:
@@ -264,12 +259,11 @@ def windows(length: int, room: int, stride: int) -> list[tuple[int, int]]:
     >>> windows(length=10, room=6, stride=3)
     [(0, 6), (3, 9), (6, 10)]
     """
-    # The last window ends with the passage; it may be shorter than the others.
-    parts = [(0, min(room, length))]
-    while parts[-1][1] < length:
-        begin = parts[-1][0] + stride
-        parts.append((begin, min(begin + room, length)))
-    return parts
+    # A window is needed as long as the one before it, which began a stride earlier, has not reached the end:
+    # as long as begin - stride + room < length.
+    begins = range(0, max(1, length - room + stride), stride)
+    # The last one ends with the passage; it may be shorter than the others.
+    return [(begin, min(begin + room, length)) for begin in begins]
 
 
 def tokens_of_answer(offsets: np.ndarray, begin: int, end: int) -> tuple[int, int]:
@@ -295,17 +289,28 @@ def answer_text(passage: str, offsets: np.ndarray, first: int, last: int) -> str
 # Three kinds of tasks: inputs, loss, probabilities, decide
 # ----------------------------------------------------------------------------------------------------------
 
-# The layers that a task adds to the encoder are in roberta.py, in the class that each of these names as its
-# `model_class`. What stands here is no network, but all that happens before it and after it, in four methods:
-#     inputs           examples -> items
-#     loss             the model's scores for a batch, and the batch's targets -> the sum of its items' losses
-#     probabilities    the model's scores for a batch -> what an ensemble averages, a row for each item
-#     decide           the probabilities of all items -> a prediction for each example
-# Scores are a tensor, (B, L) or (B, N). SQuAD's are a tuple: of beginning and end, (B, T) each; in v2.0 also
-# of whether there is an answer, (B,).
+
+class Head:
+    """What a task needs beside the network, in one of the three classes below.
+
+    The layers that a task adds to the encoder are in roberta.py, in the class that each of these names as its
+    `model_class`. What stands here is all that happens before the network and after it, in four methods:
+
+        inputs          examples -> items
+        loss            the model's scores for a batch, and the batch's targets -> the sum over its items
+        probabilities   the model's scores for a batch -> what an ensemble averages, a row for each item
+        decide          the probabilities of all items -> a prediction for each example
+
+    Below, `finetune_once` calls `loss` for every batch of a step, and `measure` the last two after every
+    epoch. Scores are a tensor, (B, L) or (B, N). SQuAD's are a tuple: of beginning and end, (B, T) each; in
+    v2.0 also of whether there is an answer, (B,).
+    """
+
+    def __init__(self, task: Task, config: FinetuneConfig):
+        self.task, self.config = task, config
 
 
-class Classification:
+class Classification(Head):
     """A label for a text or a pair (§5.1), read off the vector h of `<s>`, which has seen all tokens.
 
         P(label | text) = softmax(W2 tanh(W1 h))        loss = -ln P(right label)
@@ -320,18 +325,13 @@ class Classification:
 
     model_class = roberta.RobertaForSequenceClassification
 
-    def __init__(self, task: Task, config: FinetuneConfig):
-        self.task, self.config = task, config
-
     def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Item]:
         items, seq_len = [], self.config.seq_len
         for number, example in enumerate(examples):
-            texts = [tokenizer.encode_to_numpy(text) for text in example.texts]
             # `join` makes <s> A </s> of a text, which adds two tokens, and <s> A </s></s> B </s> of a pair,
             # which adds four. What is too long is cut: unlike in SQuAD, the beginning mostly tells enough.
-            if len(texts) == 1:
-                texts = [texts[0][: seq_len - 2]]
-            else:
+            texts = [tokenizer.encode_to_numpy(text)[: seq_len - 2] for text in example.texts]
+            if len(texts) == 2:
                 texts = cut_longer(*texts, seq_len - 4)
             # A test set's label is None. The batch needs a number in its place.
             items.append(Item([join(*texts)], number, example.label or 0))
@@ -395,7 +395,7 @@ class Answer(NamedTuple):
     no_answer: float  # the probability that the passage does not answer it
 
 
-class Spans:
+class Spans(Head):
     """Where in the passage the answer is (§5.2); in v2.0 also whether there is one.
 
     Two vectors s and e are learned, the two rows of `qa_outputs` in roberta.py. With h_t the vector of the
@@ -423,9 +423,6 @@ class Spans:
 
     model_class = roberta.RobertaForQuestionAnswering
 
-    def __init__(self, task: Task, config: FinetuneConfig):
-        self.task, self.config = task, config
-
     def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Item]:
         items, seq_len = [], self.config.seq_len
         encode = functools.lru_cache(64)(tokenizer.encode_with_offsets)  # a passage has several questions
@@ -437,7 +434,8 @@ class Spans:
             # each token of ids they have (begin, end), the end exclusive. gold is the answer's first and last
             # token, or None where there is no answer.
             ids, offsets = encode(example.texts[1])
-            gold = first_answer(example, offsets)
+            characters = first_answer(example)
+            gold = tokens_of_answer(offsets, *characters) if characters else None
 
             # `join` puts <s> question </s></s> before a window and </s> behind it. The stride is at most half
             # a window, so that windows overlap even where seq_len is small.
@@ -528,6 +526,15 @@ def best_span(start: np.ndarray, end: np.ndarray, longest: int) -> tuple[int, in
 # The loop, with early stopping
 # ----------------------------------------------------------------------------------------------------------
 
+
+def measure(model: nn.Module, head: Head, dev: Split, ranks: Ranks) -> dict[str, float]:
+    """The dev loss and the task's metrics: the whole path of the drawing at the top."""
+    # `predict` runs the model over the items in batches: head.probabilities(model(batch.input_ids), batch).
+    probabilities, loss = predict(model, head, dev, ranks)
+    predictions = head.decide(probabilities, dev.items, dev.examples)
+    return {"eval_loss": loss} | metrics_of(head.task, predictions, dev.examples)
+
+
 # The best epoch's model stays in its checkpoint. When the run has ended, Part II moves it into the run
 # directory.
 
@@ -563,7 +570,7 @@ def finetune_once(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict, 
             rate = train.learning_rate(progress.step, config.peak_lr, warmup_steps, max_steps)
             train.accumulate(training, batches, loss_sums, [num_items])
             train.update(training, rate)
-            progress.epoch = progress.step / order.steps_per_epoch
+            progress.epoch = progress.step / order.steps_per_epoch  # `update` has counted this step already
 
             must_stop = train.stop_asked(received, ranks)
             must_save = must_stop or progress.step % config.checkpoint_interval == 0
@@ -626,8 +633,7 @@ def matthews_correlation(labels: Sequence[int], predictions: Sequence[int]) -> f
     (0.5773502691896258, 0.0)
     """
     # Always giving the more frequent label earns 0 here. In CoLA its accuracy would be 70 %.
-    value = pearson(labels, predictions)
-    return 0.0 if math.isnan(value) else value
+    return float(np.nan_to_num(pearson(labels, predictions)))
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float:
@@ -776,13 +782,6 @@ def predict(model: nn.Module, head: Head, split: Split, ranks: Ranks) -> tuple[n
     return ranks.sum(probabilities, "the predictions").numpy(), float(loss) / len(items)
 
 
-def measure(model: nn.Module, head: Head, dev: Split, ranks: Ranks) -> dict[str, float]:
-    """The dev loss and the task's metrics."""
-    probabilities, loss = predict(model, head, dev, ranks)
-    predictions = head.decide(probabilities, dev.items, dev.examples)
-    return {"eval_loss": loss} | metrics_of(head.task, predictions, dev.examples)
-
-
 METRICS = {"accuracy": accuracy, "f1": f1_score, "matthews_correlation": matthews_correlation,
            "pearson": pearson, "spearman": spearman}
 
@@ -793,12 +792,11 @@ def metrics_of(task: Task, predictions: list, examples: Sequence[Example]) -> di
         golds = [[text for _, text in example.label] for example in examples]
         return squad_metrics(golds, predictions, task.name == "squad2")
     result = {}
-    # "accuracy_mismatched" is the accuracy of the part "mismatched". A test set may lack a part.
+    # "accuracy_mismatched" is the accuracy of the part "mismatched".
     for name in task.paper:
         part = task.parts.get(name)
         pairs = [(e.label, p) for e, p in zip(examples, predictions) if part in (None, e.part)]
-        if pairs:
-            result[name] = METRICS[name.removesuffix(f"_{part}")](*zip(*pairs))
+        result[name] = METRICS[name.removesuffix(f"_{part}")](*zip(*pairs))
     return result
 
 
@@ -885,9 +883,6 @@ def squad_scores(golds: list[list[str]], predictions: list[str], version2: bool)
 # ----------------------------------------------------------------------------------------------------------
 
 
-Head = Classification | MultipleChoice | Spans
-
-
 def head_of(task: Task, config: FinetuneConfig) -> Head:
     """The object for a task's kind (see "Three kinds of tasks"). `config.seq_len` must be a number by now."""
     return {"squad": Spans, "RACE": MultipleChoice}.get(task.folder, Classification)(task, config)
@@ -895,32 +890,29 @@ def head_of(task: Task, config: FinetuneConfig) -> Head:
 
 def load_split(head: Head, name: str, tokenizer: Tokenizer) -> Split:
     """Reads and encodes the training, dev or test set, and says how much there is."""
-    directory = find_task(head.task, head.config.data)
-    examples = read_examples(head.task, directory, name, head.config.skip_bad_rows)
+    examples = read_examples(head.task, head.config, name)
     items = head.inputs(examples, tokenizer)
-    say(f"{head.task.name} {name}: {len(examples):,} examples, {len(items):,} items, from {directory}")
+    say(f"{head.task.name} {name}: {len(examples):,} examples, {len(items):,} items")
     # In the published files some answers are not at their answer_start. Nothing can be learned from those.
-    if isinstance(head, Spans):
-        answers = [(example, *answer) for example in examples for answer in example.label or ()]
-        lost = [example.id for example, *answer in answers if not stands(example.texts[1], *answer)]
-        if lost:
-            say(f"{len(lost):,} of {len(answers):,} answers are not at their offset; the first: {lost[0]}")
+    lost = [e.id for e in examples if isinstance(head, Spans) and e.label and not first_answer(e)]
+    if lost:
+        say(f"{len(lost):,} questions have no answer where the file says it is; the first: {lost[0]}")
     return Split(examples, items)
 
 
 def head_fields(head: Head) -> dict[str, Any]:
     """The fields of the model's config that say what its head is for."""
-    if type(head) is Classification:
-        names = head.task.labels or ("score",)
-        return {"num_labels": len(names), "id2label": dict(enumerate(names))}
-    return {"num_labels": None, "id2label": {}, "answerability": head.task.name == "squad2"}
+    # Only a classification's labels have names, as the files spell them.
+    names = (head.task.labels or ("score",)) if type(head) is Classification else ()
+    return {"num_labels": len(names) or None, "id2label": dict(enumerate(names)),
+            "answerability": head.task.name == "squad2"}
 
 
 def has_head(head: Head, model: nn.Module) -> bool:
     """Whether a model has a head for exactly this task's labels."""
-    # The class says what kind of head it is, the config for which labels, as the files spell them. Equal
-    # shapes are not enough: QNLI and CoLA have two labels each, which mean different things. (CoLA and SST-2
-    # both call theirs 0 and 1, so between them a head is kept.)
+    # The class says what kind of head it is, the config for which labels. Equal shapes are not enough: QNLI
+    # and CoLA have two labels each, which mean different things. (CoLA and SST-2 both call theirs 0 and 1, so
+    # between them a head is kept.)
     return type(model) is head.model_class and replace(model.config, **head_fields(head)) == model.config
 
 
@@ -939,15 +931,18 @@ def build_model(head: Head) -> nn.Module:
     model = head.model_class(replace(found.config, **changes))
     if config.scratch:
         return model
+    # An encoder that was saved by itself is the whole model.
     kept = has_head(head, found)
-    encoder = getattr(found, "roberta", found)  # an encoder that was saved by itself is the whole model
-    (model if kept else model.roberta).load_state_dict((found if kept else encoder).state_dict())
+    part, source = (model, found) if kept else (model.roberta, getattr(found, "roberta", found))
+    part.load_state_dict(source.state_dict())
     say(f"encoder from {config.model}, {'its head, too' if kept else 'a fresh head'}")
     return model
 
 
-def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict) -> dict:
-    """Does one run, or what is missing of it; a finished one is not repeated. Returns results.json."""
+def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict[str, Split]) -> dict[str, Any]:
+    """Does one run, or what is missing of it; a finished one is not repeated. Returns results.json: the
+    flags, the best epoch's metrics, and the baseline's.
+    """
     config, out = head.config, Path(head.config.out)
     # A run that was begun with other weights, texts or tokens must not go on with these: the fingerprint, of
     # all that the result depends on, would differ.
@@ -958,10 +953,15 @@ def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict) ->
     # results.json is the last file that a run writes.
     if not (out / "results.json").exists():
         say(f"{out}: batch size {config.batch_size}, learning rate {config.peak_lr:g}, seed {config.seed}")
-        training = finetune_once(head, ranks, tokenizer, splits, fingerprint)
+        progress = finetune_once(head, ranks, tokenizer, splits, fingerprint).progress
+        metrics = dict(progress.best_result)
+        results = asdict(config) | {
+            "run": out.name, "eval_loss": metrics.pop("eval_loss"), "metrics": metrics,
+            "majority": majority_metrics(head.task, splits["train"].examples, splits["dev"].examples),
+            "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds}
         if ranks.rank == 0:
-            train.publish(out, out / f"checkpoint-{training.progress.best_step}")
-            data.write_json(out / "results.json", results_of(training, head, splits))
+            train.publish(out, out / f"checkpoint-{progress.best_step}")
+            data.write_json(out / "results.json", results)
         ranks.meet("the end of a run")
     say(f"{out} is finished")
     # The model is in the run directory now. A run that was killed here before has some checkpoints left.
@@ -978,168 +978,142 @@ def claim(config: FinetuneConfig, ranks: Ranks, kind: str, **described: dict) ->
     return train.claim_directory(out, parts, config, ranks)
 
 
-def results_of(training: Training, head: Head, splits: dict[str, Split]) -> dict[str, Any]:
-    """What results.json says of a run: its flags, the best epoch's metrics, and the baseline's."""
-    config, progress, metrics = training.config, training.progress, dict(training.progress.best_result)
-    return asdict(config) | {
-        "run": Path(config.out).name, "eval_loss": metrics.pop("eval_loss"), "metrics": metrics,
-        "majority": majority_metrics(head.task, splits["train"].examples, splits["dev"].examples),
-        "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds}
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Reading the files as published
 # ----------------------------------------------------------------------------------------------------------
 
-
-def find_task(task: Task, place: str | Path) -> Path:
-    """The directory of a task: below the folder of all tasks, or its own. Raises: ValueError."""
-    for directory in (Path(place) / "glue" / task.folder, Path(place) / task.folder, Path(place)):
-        if split_files(task, directory, "train") and split_files(task, directory, "dev"):
-            return directory
-    raise ValueError(f"no training and dev files of {task.name} in {place} or its [glue/]{task.folder}/")
+# Each kind of file has a reader, which knows where things stand and judges nothing. It gives rows of four:
+# the place in the file, for messages; the id; the texts, None where one is missing; and what is written as
+# the label, None where there is none. `example_of` makes an example of any row, or says what is wrong.
 
 
-def split_files(task: Task, directory: Path, split: str) -> list[tuple[str, Path]]:
-    """(part, path) of the files of a split, train, dev or test; of train and dev all, or else none."""
-    names = {"squad1": f"{split}-v1.1.json", "squad2": f"{split}-v2.0.json"}
-    files = [("", names.get(task.name, f"{split}.tsv"))]
-    if task.name == "race":
-        files = [("middle", f"{split}/middle"), ("high", f"{split}/high")]
-    if task.name == "mnli" and split != "train":
-        files = [("matched", f"{split}_matched.tsv"), ("mismatched", f"{split}_mismatched.tsv")]
-        if split == "test":  # GLUE's diagnostic set, by its older and its newer name
-            files += [("AX", "../diagnostic/diagnostic.tsv"), ("AX", "../AX/AX.tsv")]
-    found = {part: directory / file for part, file in files if (directory / file).exists()}
-    return list(found.items()) if len(found) == len(files) or split == "test" else []
-
-
-def read_examples(task: Task, directory: Path, split: str, skip_bad_rows: bool = False) -> list[Example]:
-    """The examples of a split.
+def read_examples(task: Task, config: FinetuneConfig, split: str) -> list[Example]:
+    """The examples of the training, dev or test set; of a test set that is not there, none.
 
     Raises: ValueError naming file and row where one is malformed, its label is not one of the task's, or the
-    columns are another task's. `skip_bad_rows` leaves such rows out and says how many: some official files
+    columns are another task's. --skip-bad-rows leaves such rows out and says how many: some official files
     (QQP's) are known to have a few. A test set must be whole to be handed in.
     """
-    kinds = {"squad": (squad_rows, squad_example), "RACE": (race_rows, race_examples)}
-    rows, parse = kinds.get(task.folder, (tsv_rows, glue_example))
+    read = {"squad": squad_rows, "RACE": race_rows}.get(task.folder, table_rows)
     examples, bad = [], []
-    for part, path in split_files(task, directory, split):
-        for where, row in rows(task, split, path):
+    for part, path in find_files(task, config.data, split):
+        try:
+            rows = list(read(task, split, path))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not {task.name} as it is published ({error!r})") from None
+        for where, *row in rows:
             try:
-                found = parse(task, split, part, row)
-                # All of them texts, and such as can be written: JSON may hold halves of a character.
-                "".join(text for example in found for text in (example.id, *example.texts)).encode()
-                examples += found
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-                bad.append(f"{path}: {where}: {reason}")
-                if not skip_bad_rows or split == "test":
+                examples.append(example_of(task, split, part, *row))
+            except (ValueError, TypeError, AttributeError) as error:
+                bad.append(f"{path}: {where}: {error}")
+                if not config.skip_bad_rows or split == "test":
                     raise ValueError(f"{bad[0]}; mend it, or (test sets apart) use --skip-bad-rows") from None
-        if not examples:
+        if not examples or examples[-1].part != part:
             raise ValueError(f"{path}: no example in it")
     if bad:
         say(f"left out {len(bad)} malformed rows, the first: {bad[0]}")
     return examples
 
 
-def tsv_rows(task: Task, split: str, path: Path) -> Iterator[tuple[str, tuple]]:
-    """(line, (its number, columns, its bytes)) of a GLUE file. Quotation marks are text."""
+def find_files(task: Task, place: str, split: str) -> list[tuple[str, Path]]:
+    """(part, file) of a split, below the folder of all tasks or in the task's own. Raises: ValueError."""
+    for root in (Path(place) / "glue" / task.folder, Path(place) / task.folder, Path(place)):
+        needed = names_of(task, "train") + names_of(task, "dev")
+        if all(any(root.glob(name)) for _, name in needed):
+            return [(part, path) for part, name in names_of(task, split) for path in sorted(root.glob(name))]
+    raise ValueError(f"no training and dev files of {task.name} in {place} or its [glue/]{task.folder}/")
+
+
+def names_of(task: Task, split: str) -> list[tuple[str, str]]:
+    """(part, name) of a split's files; RACE has one for each passage."""
+    if task.folder == "squad":
+        return [("", f"{split}-v{'1.1' if task.name == 'squad1' else '2.0'}.json")]
+    if task.name == "race":
+        return [(part, f"{split}/{part}/*.txt") for part in ("middle", "high")]
+    if task.name != "mnli" or split == "train":
+        return [("", f"{split}.tsv")]
+    names = [(part, f"{split}_{part}.tsv") for part in ("matched", "mismatched")]
+    # GLUE's diagnostic set is handed in with MNLI's test set. It has an older and a newer name.
+    diagnostic = [("AX", "../diagnostic/diagnostic.tsv"), ("AX", "../AX/AX.tsv")]
+    return names + diagnostic if split == "test" else names
+
+
+def table_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
+    """The rows of a GLUE file: a line each, cells between tabs. Quotation marks are text."""
     # Lines end with \n or \r\n. Some texts contain other characters that splitlines() takes for line ends.
-    lines = re.split(rb"\r?\n", path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"))
+    # Bytes that are no UTF-8 become halves of characters, which `example_of` finds.
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape").rstrip("\r\n")
+    lines = re.split("\r?\n", text)
     # CoLA's files have no header, but for the test set's.
     headless = task.name == "cola" and split != "test"
-    columns = ["source", "label", "star", "sentence"] if headless else lines.pop(0).decode().split("\t")
-    missing = {*task.texts, *([task.label] if split != "test" else [])} - set(columns)
-    if missing:
-        raise ValueError(f"{path}: line 1: no {min(missing)} in {str(columns)[:200]}; another task's file?")
+    columns = ["source", "label", "star", "sentence"] if headless else lines.pop(0).split("\t")
     for number, line in enumerate(lines):
-        yield f"line {number + 2 - headless}", (number, columns, line)
+        # With a column too many or too few nobody can say which cell is what.
+        cells = [cell.strip() for cell in line.split("\t")]
+        row = dict(zip(columns, cells)) if len(cells) == len(columns) else dict.fromkeys(columns)
+        label = row[task.label] if split != "test" else None
+        texts = [row[column] for column in task.texts]
+        yield f"line {number + 2 - headless}", row.get("index", str(number)), texts, label
 
 
-def index_of_label(task: Task, written: str) -> int:
-    # The order of `Task.labels` gives the model's labels their numbers.
-    if written not in task.labels:
-        raise ValueError(f"label {written!r} is none of {task.name}'s ({', '.join(task.labels)})")
-    return task.labels.index(written)
+def squad_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
+    """The rows of a SQuAD file: a question each."""
+    for passage in (p for article in data.read_json(path)["data"] for p in article["paragraphs"]):
+        for entry in passage["qas"]:
+            # An empty passage is none.
+            texts = (entry.get("question"), passage["context"] or None)
+            yield f"question {entry['id']}"[:100], entry["id"], texts, entry.get("answers")
 
 
-def glue_example(task: Task, split: str, part: str, row: tuple) -> list[Example]:
-    """The example in a line. A list, because a passage of RACE's, which is read alike, makes several."""
-    number, columns, line = row
-    cells, label = line.decode().split("\t"), None
-    if len(cells) != len(columns):
-        raise ValueError(f"{len(cells)} columns, but the file has {len(columns)}")
-    row = dict(zip(columns, cells))
-    if split != "test":
-        written = row[task.label].strip()
-        label = index_of_label(task, written) if task.labels else float(written)
-        if not 0 <= label <= 5:
-            raise ValueError(f"{task.label} {written} is not between 0 and 5")
-    texts = tuple(row[column].strip() for column in task.texts)
-    return [Example(row.get("index", str(number)), part, texts, label)]
+def race_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
+    """The rows of a RACE file, which is a passage with its questions."""
+    row = data.read_json(path)
+    answers = row["answers"] if split != "test" else [None] * len(row["questions"])
+    for i, (question, four, answer) in enumerate(zip(row["questions"], row["options"], answers, strict=True)):
+        yield f"question {i}", f"{row['id']}-{i}", (row["article"], question, *four), answer
 
 
-def squad_rows(task: Task, split: str, path: Path) -> list[tuple[str, tuple]]:
-    """(question, (its passage, its entry)) of a SQuAD file."""
-    try:
-        paragraphs = [p for article in data.read_json(path)["data"] for p in article["paragraphs"]]
-        pairs = [(p["context"], entry) for p in paragraphs for entry in p["qas"]]
-        return [(f"question {entry['id']}"[:100], (passage, entry)) for passage, entry in pairs]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no SQuAD file: data, paragraphs, context, qas, id ({error!r})") from None
+def example_of(task: Task, split: str, part: str, id: str, texts: Sequence, written: Any) -> Example:
+    """The example in a row. Raises: ValueError and others where it is none of the task's."""
+    if None in texts or (written is None and split != "test"):
+        raise ValueError("a text or label is missing, or there are not as many columns as in the first line")
+    if task.name == "race" and len(texts) != 6:
+        raise ValueError(f"{len(texts) - 2} options; there must be four")
+    "".join((id, *texts)).encode()  # raises where there are halves of characters, which no file can hold
+    return Example(id, part, tuple(texts), label_of(task, written) if split != "test" else None)
 
 
-def squad_example(task: Task, split: str, part: str, row: tuple) -> list[Example]:
-    """The example in an entry: in v2.0 the list of answers is empty where the passage has none."""
-    passage, entry = row
-    answers = None
-    if split != "test" or "answers" in entry:
-        answers = tuple((answer["answer_start"], answer["text"]) for answer in entry["answers"])
-        if not passage or not all(type(begin) is int and isinstance(text, str) for begin, text in answers):
-            raise ValueError("a context that is empty, or an answer without integer answer_start and text")
+def label_of(task: Task, written: Any) -> Any:
+    """A label as `Example` has it, from what is written in the file."""
+    # In v2.0 the list of answers is empty where the passage has none.
+    if task.folder == "squad":
+        answers = tuple((answer.get("answer_start"), answer.get("text")) for answer in written)
+        if not all(type(begin) is int and isinstance(text, str) for begin, text in answers):
+            raise ValueError("an answer without integer answer_start and text")
         if task.name == "squad1" and not answers:
             raise ValueError("no answer, which in v1.1 every question has; is this v2.0, --task squad2?")
-    return [Example(entry["id"], part, (entry["question"], passage), answers)]
+        return answers
+    # The order of `Task.labels` gives the model's labels their numbers.
+    if written in task.labels:
+        return task.labels.index(written)
+    if task.labels:
+        raise ValueError(f"label {written!r} is none of {task.name}'s ({', '.join(task.labels)})")
+    number = float(written)
+    if not 0 <= number <= 5:
+        raise ValueError(f"{task.label} {written} is not between 0 and 5")
+    return number
 
 
-def stands(passage: str, begin: int, text: str) -> bool:
-    """Whether the passage has this answer at this character."""
-    return text != "" and begin >= 0 and passage.startswith(text, begin)
-
-
-def first_answer(example: Example, offsets: np.ndarray) -> tuple[int, int] | None:
-    """First and last token of the gold answer that training uses; None where there is none.
+def first_answer(example: Example) -> tuple[int, int] | None:
+    """Where the gold answer that training uses begins and ends, in characters; None where there is none.
 
     CHOICE: of several gold answers it is the first that is where the file says it is; some published ones
     are not.
     """
     for begin, text in example.label or ():
-        if stands(example.texts[1], begin, text):
-            return tokens_of_answer(offsets, begin, begin + len(text))
+        if text and begin >= 0 and example.texts[1].startswith(text, begin):
+            return begin, begin + len(text)
     return None
-
-
-def race_rows(task: Task, split: str, path: Path) -> Iterator[tuple[str, dict]]:
-    """(file, passage with its questions) of RACE/<split>/<middle or high>."""
-    for file in sorted(path.glob("*.txt"), key=lambda file: (len(file.name), file.name)):
-        yield file.name, data.read_json(file)
-
-
-def race_examples(task: Task, split: str, part: str, row: dict) -> list[Example]:
-    """One example for each of a passage's questions."""
-    questions, options = row["questions"], row["options"]
-    labels = [None] * len(questions)
-    if split != "test" or "answers" in row:
-        labels = [index_of_label(task, answer) for answer in row["answers"]]
-    if not len(questions) == len(options) == len(labels):
-        raise ValueError(f"{len(questions)} questions, {len(options)} options, {len(labels)} answers")
-    examples = []
-    for i, (question, four, label) in enumerate(zip(questions, options, labels)):
-        if len(four) != 4:
-            raise ValueError(f"question {i} has {len(four)} options; there must be four")
-        examples.append(Example(f"{row['id']}-{i}", part, (row["article"], question, *four), label))
-    return examples
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1166,34 +1140,41 @@ def settings_of(config: FinetuneConfig) -> list[FinetuneConfig]:
 
 
 def finetune(config: FinetuneConfig, ranks: Ranks) -> dict[str, Any]:
-    """Does what one command asks for, and returns what its results.json holds."""
-    task, out, models = TASKS[config.task], Path(config.out), config.ensemble or (config.model,)
+    """Does what one command asks for; returns what its results.json holds, which says that all is done."""
+    task, models, out = TASKS[config.task], config.ensemble or (config.model,), Path(config.out)
     shape = roberta.read_config(models[0])
     config = replace(config, precision=ranks.precision, seq_len=config.seq_len or min(shape.max_tokens, 512))
     if config.seq_len > shape.max_tokens:
         raise ValueError(f"--seq-len {config.seq_len} exceeds the {shape.max_tokens} that {models[0]} takes")
-    head, runs = head_of(task, config), settings_of(config)
-    if config.ensemble or config.eval_only:
-        return evaluate_models(head, models, ranks)
-
     if config.predict:  # what is wrong with the test set should not come to light after days of training
-        read_examples(task, find_task(task, config.data), "test")
-    tokenizer = Tokenizer.from_pretrained(roberta.find_model(config.model))
-    roberta.check_tokenizer(tokenizer, shape)
-    splits = {name: load_split(head, name, tokenizer) for name in ("train", "dev")}
+        read_examples(task, config, "test")
+    head = head_of(task, config)
+    if config.ensemble or config.eval_only:
+        results = evaluate_models(head, models, ranks)
+    else:
+        results, models = train_models(head, ranks)
+    if config.predict:
+        write_predictions(head, models, ranks)
+    if ranks.rank == 0:
+        data.write_atomically(out / "results.md", table(results).encode())
+        data.write_json(out / "results.json", results)
+    return results
 
+
+def train_models(head: Head, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
+    """Does all runs, or what is missing of them; returns results, and where the best run is."""
     # Texts are read and encoded once for all runs. Each run keeps its own directory inside --out, so the same
     # command goes on in the run that was interrupted.
-    if len(runs) > 1:
-        claim(config, ranks, f"several runs of {task.name}")
-    results = [run_or_read(head_of(task, run), ranks, tokenizer, splits) for run in runs]
-    summary = summarize(results) if len(runs) > 1 else results[0]
-    if len(runs) > 1:
-        write_results(out, summary, ranks)
-    if config.predict:
-        best = max(zip(map(primary, results), range(len(runs))))[1]
-        write_predictions(head, [runs[best].out], out, ranks)
-    return summary
+    config, runs = head.config, settings_of(head.config)
+    tokenizer = Tokenizer.from_pretrained(roberta.find_model(config.model))
+    roberta.check_tokenizer(tokenizer, roberta.read_config(config.model))
+    splits = {name: load_split(head, name, tokenizer) for name in ("train", "dev")}
+    if len(runs) == 1:
+        return run_or_read(head, ranks, tokenizer, splits), [config.out]
+    claim(config, ranks, f"several runs of {head.task.name}")
+    results = [run_or_read(head_of(head.task, run), ranks, tokenizer, splits) for run in runs]
+    best = runs[results.index(max(results, key=primary))]
+    return summarize(results), [best.out]
 
 
 def primary(results: dict[str, Any]) -> float:
@@ -1207,43 +1188,35 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     settings: dict[tuple, list[dict]] = {}
     for result in results:
         settings.setdefault((result["batch_size"], result["peak_lr"]), []).append(result)
-    medians = {setting: statistics.median(map(primary, runs)) for setting, runs in settings.items()}
-    runs = settings[max(medians, key=medians.get)]
+    runs = max(settings.values(), key=lambda runs: statistics.median(map(primary, runs)))
     # A correlation may be undefined in a run; it is left out.
     metrics, spread = {}, {}
     for name in runs[0]["metrics"]:
-        values = [run["metrics"][name] for run in runs if run["metrics"][name] is not None] or [math.nan]
-        metrics[name], spread[name] = statistics.median(values), [min(values), max(values)]
+        values = [run["metrics"][name] for run in runs if run["metrics"][name] is not None]
+        metrics[name] = statistics.median(values) if values else None
+        spread[name] = [min(values, default=None), max(values, default=None)]
     return {name: runs[0][name] for name in ("task", "scratch", "batch_size", "peak_lr", "majority")} | {
         "metrics": metrics, "spread": spread, "seeds": len(runs), "runs": results}
 
 
-def table(summary: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Results beside the paper's as a Markdown table: in per cent, with the range over seeds."""
-    task = TASKS[summary["task"]]
-    columns = "task metric here majority paper-BASE paper-LARGE runs setting".split()
-    rows = [columns, ["---"] * len(columns)]
-    runs = str(summary.get("seeds") or len(summary.get("models", "1")))
-    setting = "batch {batch_size}, {peak_lr:g}".format(**summary) if "peak_lr" in summary else "as trained"
+    task = TASKS[results["task"]]
+    unit = 1 if task.name.startswith("squad") else 100  # of a metric, in per cent
+    setting = "batch {batch_size}, {peak_lr:g}".format(**results) if "peak_lr" in results else "as trained"
+    lines = ["| task | metric | here | majority | paper-BASE | paper-LARGE | setting |", "|---" * 7 + "|"]
 
-    def per_cent(value: float | None) -> str:
-        percent = 1 if task.name.startswith("squad") else 100
-        return "–" if value is None else f"{value * percent:.1f}"
+    def shown(value: float | None, unit: int = 1) -> str:
+        return "–" if value is None else f"{value * unit:.1f}"
 
-    for name, paper in task.paper.items():
-        here, majority = (per_cent(summary[key].get(name)) for key in ("metrics", "majority"))
-        if "spread" in summary:
-            here += " ({} to {})".format(*map(per_cent, summary["spread"][name]))
-        base, large = ("–" if figure is None else f"{figure}" for figure in paper)
-        rows.append([task.name, name, here, majority, base, large, runs, setting])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def write_results(out: Path, results: dict[str, Any], ranks: Ranks) -> None:
-    """Writes results.md and then results.json, which says that all is done."""
-    if ranks.rank == 0:
-        data.write_atomically(out / "results.md", table(results).encode())
-        data.write_json(out / "results.json", results)
+    for name, (base, large) in task.paper.items():
+        here, majority = (shown(results[key].get(name), unit) for key in ("metrics", "majority"))
+        if "spread" in results:
+            low, high = (shown(value, unit) for value in results["spread"][name])
+            here += f" ({low} to {high}, {results['seeds']} seeds)"
+        cells = [task.name, name, here, majority, shown(base), shown(large), setting]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1253,28 +1226,23 @@ def write_results(out: Path, results: dict[str, Any], ranks: Ranks) -> None:
 
 def evaluate_models(head: Head, models: Sequence[str], ranks: Ranks) -> dict:
     """--eval-only: one model on the dev set. --ensemble: the average of several."""
-    task, config, out = head.task, head.config, Path(head.config.out)
+    task, config = head.task, head.config
     # A run that is not finished would give some checkpoint of its own.
     for path in config.ensemble:
-        found = Path(path) / "results.json"
-        if not found.exists() or data.read_json(found).get("task") != task.name:
-            raise ValueError(f"{path} is no finished run of {task.name}")
+        if not (Path(path) / "results.json").exists():
+            raise ValueError(f"{path} is no finished run; it has no results.json")
     claim(config, ranks, f"an evaluation on {task.name}")
     dev, predictions = average(head, models, "dev", ranks)
-    training = read_examples(task, find_task(task, config.data), "train", config.skip_bad_rows)
-    results = {"task": task.name, "models": list(models),
-               "metrics": metrics_of(task, predictions, dev.examples),
-               "majority": majority_metrics(task, training, dev.examples)}
-    if config.predict:
-        write_predictions(head, models, out, ranks)
-    write_results(out, results, ranks)
-    return results
+    training = read_examples(task, config, "train")
+    return {"task": task.name, "models": list(models),
+            "metrics": metrics_of(task, predictions, dev.examples),
+            "majority": majority_metrics(task, training, dev.examples)}
 
 
 def average(head: Head, models: Sequence[str], name: str, ranks: Ranks) -> tuple[Split, list]:
     """A split, and what is predicted from the mean over the models of their probabilities (§5.1)."""
     tokenizer = Tokenizer.from_pretrained(roberta.find_model(models[0]))
-    split, total = load_split(head, name, tokenizer), 0.0
+    split, probabilities = load_split(head, name, tokenizer), []
     # One model in memory at a time. They are to agree in what an item is, so in the tokenizer.
     for path in models:
         model = roberta.open_model(path)
@@ -1282,44 +1250,32 @@ def average(head: Head, models: Sequence[str], name: str, ranks: Ranks) -> tuple
             raise ValueError(f"{path} has no head for {head.task.name}; fine-tune it, without --eval-only")
         if Tokenizer.from_pretrained(roberta.find_model(path)).fingerprint != tokenizer.fingerprint:
             raise ValueError(f"{path} and {models[0]} cannot be averaged: they have different tokenizers")
-        probabilities, _ = predict(model.to(ranks.device), head, split, ranks)
-        total = total + probabilities
-    return split, head.decide(total / len(models), split.items, split.examples)
+        probabilities.append(predict(model.to(ranks.device), head, split, ranks)[0])
+    return split, head.decide(np.mean(probabilities, axis=0), split.items, split.examples)
 
 
-def write_predictions(head: Head, models: Sequence[str], out: Path, ranks: Ranks) -> None:
+def write_predictions(head: Head, models: Sequence[str], ranks: Ranks) -> None:
     """Writes what the models, averaged, answer on the test set; where there is none, on the dev set."""
-    name = "test" if split_files(head.task, find_task(head.task, head.config.data), "test") else "dev"
+    task, out = head.task, Path(head.config.out)
+    name = "test" if find_files(task, head.config.data, "test") else "dev"
     split, predictions = average(head, models, name, ranks)
-    files = prediction_files(head.task, predictions, split.examples)
-    for file, content in files.items() if ranks.rank == 0 else ():
-        data.write_atomically(out / file, f"{content}\n".encode())
-    say(f"predictions of {', '.join(models)} for the {name} set are in {out}: {', '.join(files)}")
-
-
-def prediction_files(task: Task, predictions: list, examples: Sequence[Example]) -> dict[str, str]:
-    """Name and content of the files in which predictions are handed in."""
-    if task.name.startswith("squad"):
+    files: dict[str, list[str]] = {}
+    if task.folder == "squad":
         # The official scripts read these; of predictions.json, and of spans.json with na_prob.json (the best
-        # over thresholds), they print the metrics of results.json.
-        answers = {example.id: answer for example, answer in zip(examples, predictions)}
-        files = {"predictions.json": {id: answer.text for id, answer in answers.items()},
-                 "spans.json": {id: answer.span for id, answer in answers.items()},
-                 "na_prob.json": {id: answer.no_answer for id, answer in answers.items()}}
-        return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
-    if task.name == "race":
-        # By passage the letters of its questions, as RACE's own "answers" are.
-        letters: dict[str, list[str]] = {}
-        for example, choice in zip(examples, predictions):
-            letters.setdefault(example.id.rpartition("-")[0], []).append(task.labels[choice])
-        return {"RACE.json": json.dumps(letters, indent=1)}
-    # What GLUE's server takes.
-    names = {"matched": "MNLI-m", "mismatched": "MNLI-mm", "AX": "AX", "": task.folder}
-    rows = {names[example.part]: ["index\tprediction"] for example in examples}
-    for example, value in zip(examples, predictions):
-        written = task.labels[value] if task.labels else f"{min(max(value, 0), 5):.3f}"
-        rows[names[example.part]].append(f"{example.id}\t{written}")
-    return {f"{name}.tsv": "\n".join(lines) for name, lines in rows.items()}
+        # over thresholds), they print the metrics of results.json. Each has one of the fields of `Answer`.
+        ids = [example.id for example in split.examples]
+        for file, values in zip(("predictions", "spans", "na_prob"), zip(*predictions)):
+            files[f"{file}.json"] = [json.dumps(dict(zip(ids, values)), ensure_ascii=False)]
+    else:
+        # What GLUE's server takes, and for RACE the like.
+        names = {"matched": "MNLI-m", "mismatched": "MNLI-mm", "AX": "AX"}
+        for example, value in zip(split.examples, predictions):
+            written = task.labels[value] if task.labels else f"{min(max(value, 0), 5):.3f}"
+            file = f"{names.get(example.part, task.folder)}.tsv"
+            files.setdefault(file, ["index\tprediction"]).append(f"{example.id}\t{written}")
+    for file, lines in files.items() if ranks.rank == 0 else ():
+        data.write_atomically(out / file, "".join(f"{line}\n" for line in lines).encode())
+    say(f"predictions of {', '.join(models)} for the {name} set are in {out}: {', '.join(files)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1327,31 +1283,32 @@ def prediction_files(task: Task, predictions: list, examples: Sequence[Example])
 # ----------------------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None) -> dict[str, Any]:
-    """The flags that were given. --help shows the defaults of the task that is named, else GLUE's."""
+def parse(argv: Sequence[str] | None) -> FinetuneConfig:
+    """Table 10's settings of the task with the flags' changes. Raises: ValueError for what makes no sense.
+
+    --help shows the defaults of the task that is named, else GLUE's.
+    """
+    # The task is looked for first, since the other flags' defaults depend on it.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--task", choices=TASKS, default="cola")
-    defaults = table_10(finder.parse_known_args(argv)[0].task)
+    defaults = replace(FinetuneConfig(), **table_10(finder.parse_known_args(argv)[0].task))
     parser = argparse.ArgumentParser("finetune.py", None, "Fine-tune RoBERTa.", allow_abbrev=False)
-    data.add_flags(parser, replace(FinetuneConfig(), **defaults))
-    return vars(parser.parse_args(argv))
-
-
-def config_of(given: dict[str, Any]) -> FinetuneConfig:
-    """Table 10's settings of a task with the flags' changes. Raises: ValueError for what makes no sense."""
+    data.add_flags(parser, defaults)
+    given = vars(parser.parse_args(argv))
     for name in ("task", "data") if given.get("ensemble") else ("task", "data", "model"):
         if not given.get(name):
             raise ValueError(f"--{name} is missing; --help says what it takes")
     if given.get("sweep") and {"batch_size", "peak_lr"} & given.keys():
         raise ValueError("--sweep goes by --sweep-batch-sizes and --sweep-lrs; drop --batch-size, --peak-lr")
-    config = replace(FinetuneConfig(), **table_10(given["task"]) | given)
+    out = f"runs/{given['task']}{'-ensemble' if given.get('ensemble') else ''}"
+    config = replace(defaults, **{"out": out} | given)
     data.check_flags(config)
-    return replace(config, out=config.out or f"runs/{config.task}{'-ensemble' if config.ensemble else ''}")
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with train.clean_end(unfit=2):
-        config = config_of(parse(argv))
+        config = parse(argv)
         say("  ".join(f"{name}={value}" for name, value in asdict(config).items() if value not in (None, ())))
         with train.held_by_first_rank(Path(config.out)):
             say("\n" + table(finetune(config, train.set_up(config))))
