@@ -48,7 +48,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import roberta
@@ -305,7 +304,7 @@ def accumulate(training: Training, batches: Sequence, losses_of: Callable, count
     training.window_counts = training.window_counts + np.array(counts)
 
 
-def loss_scaler(device: str, precision: str, micro_batches: float) -> torch.amp.GradScaler:
+def loss_scaler(device: str, precision: str, micro_batches: int) -> torch.amp.GradScaler:
     """Returns what keeps small gradients from vanishing in fp16 (§3); for fp32 and bf16 it does nothing.
 
     fp16 holds nothing below 6e-8, and the gradients of a mean over thousands of predictions often are. So the
@@ -342,8 +341,7 @@ def update(training: Training, rate: float) -> None:
     """
     optimizer, scaler, progress = training.optimizer, training.scaler, training.progress
     # The rate is set anew every step: a schedule that is a function of the step needs no state.
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    optimizer.param_groups[0]["lr"] = rate
 
     # The norm is of the true gradients, so unscale comes first; clipping scaled ones would be the classic
     # mistake.
@@ -412,7 +410,6 @@ def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict
 def pretrain(config: TrainConfig) -> dict[str, Any]:
     """Runs, or goes on with, the run that `config` describes; returns what results.json holds."""
     out = Path(config.out)
-    data.check_ours(out, "run.json", {"data"})
     with held_by_first_rank(out):
         # The text, and the model where it stands: at its beginning, or at the newest checkpoint.
         # From there on the config is as the run has it, with the precision that was chosen.
@@ -420,6 +417,8 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
         training, fingerprint = begin_pretraining(config, corpus, ranks)
         config, progress = training.config, training.progress
         losses_of = functools.partial(loss_sums, device=ranks.device)
+        # Step 1 begins where one step has been read: that is how much of the data a step reads, in epochs.
+        epochs_per_step = batches.step(1).epoch
         result = {}  # of the newest evaluation
 
         with stop_signals() as received:
@@ -429,7 +428,7 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
                 rate = learning_rate(progress.step, config.peak_lr, config.warmup_steps, config.max_steps)
                 accumulate(training, step.batches, losses_of, [step.num_predictions, step.num_sequences])
                 update(training, rate)
-                progress.epoch = step.epoch
+                progress.epoch = progress.step * epochs_per_step
 
                 # A log line precedes every evaluation and checkpoint, so no running sums need saving, and
                 # neither counts for the throughput. A signal ends all ranks after the same step.
@@ -484,7 +483,7 @@ class Ranks:
                 # Every rank writes to rank 0, which knows from whom it has not heard, and answers all.
                 dist.monitored_barrier(self.meeting, self.timeout, wait_all_ranks=True)
             except RuntimeError as error:
-                raise RuntimeError(f"before {where}: {first_line(error)}") from None
+                raise RuntimeError(f"before {where}: {error}") from None
 
     def sum(self, values: Tensor, of: str) -> Tensor:
         """Returns the sum of `values`, on the CPU, over all ranks, which wait for each other here."""
@@ -567,8 +566,10 @@ def begin(config: RunConfig, ranks: Ranks, model: RobertaModelBase) -> Training:
     # gradients of some layers are there, they travel, while those of earlier layers are still computed.
     model = parallel = model.to(ranks.device)
     if ranks.world_size > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    micro_batches = config.batch_size / (micro_batch_size(config, ranks.world_size) * ranks.world_size)
+        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # How many micro-batches a rank has in a step: rounded up, for in fine-tuning the last may be a part.
+    share = config.batch_size / ranks.world_size
+    micro_batches = math.ceil(share / micro_batch_size(config, ranks.world_size))
     scaler = loss_scaler(ranks.device.type, ranks.precision, micro_batches)
     return Training(config, ranks, model, parallel, make_optimizer(model, config), scaler, Progress())
 
@@ -633,13 +634,12 @@ def finish(training: Training, result: dict, corpus: Corpus, held_out: Batches) 
     """
     out, progress, model = Path(training.config.out), training.progress, training.model
     if not result:
-        say(f"{out} is finished at step {progress.step}. To lengthen it: --max-steps {2 * progress.step}, "
-            "with the schedule of the longer run. To start another: another --out, or delete it.")
-        # Its results stay as they are; but a crash may have come before them.
-        with contextlib.suppress(ValueError, FileNotFoundError):
-            results = data.read_json(out / "results.json")
-            if results.get("steps") == progress.step:
-                return results
+        step = progress.step
+        say(f"{out} is finished at step {step}. To lengthen it: --max-steps {2 * step}. Or: another --out")
+        # Its results stay as they are; but a crash may have come before them, or they are of a shorter run.
+        results = data.read_json(out / "results.json") if (out / "results.json").exists() else {}
+        if results.get("steps") == progress.step:
+            return results
         result = evaluate(training, held_out, corpus.unigram)
     results = result | {"steps": progress.step, "tokens": progress.tokens, "seconds": progress.seconds,
                         "parameters": model.num_parameters(), "peak_memory_bytes": peak_memory()}
@@ -686,7 +686,7 @@ class Progress:
     """Where a run stands: what a checkpoint holds besides weights, Adam's moments and the scaler's scale."""
 
     step: int = 0  # optimiser steps, skipped ones too
-    epoch: float = 0.0  # passes over the data
+    epoch: float = 0.0  # passes over the data, the last step's share included
     tokens: int = 0  # real ones, up to the last log line
     seconds: float = 0.0  # of training, evaluating and saving
     skipped: int = 0  # steps whose gradients were not finite
@@ -712,48 +712,33 @@ def save(training: Training, out: Path, tokenizer: Tokenizer, fingerprint: str) 
     """Writes out/checkpoint-<step>: the model, as anyone can open it, and the training state beside it.
 
     Written under another name, flushed to the disk with a checksum of every file, then renamed, which happens
-    or does not: at no time does a directory with a checkpoint's name hold a part of one. Raises: OSError.
+    or does not: at no time does a directory with a checkpoint's name hold a part of one. Raises: OSError
+    where the disk is full; what is written by then is removed as a killed process's is, by `resume`.
     """
     progress, final = training.progress, out / f"checkpoint-{training.progress.step}"
     if training.ranks.rank == 0 and not final.exists():
-        temporary = data.temporary_beside(final)  # free: `resume` has removed what a killed process left
-        try:
-            # The model for everyone; for this program Adam's moments, the progress, and the scaler's scale.
-            # There is no state of random generators, since every draw is a function of the step.
-            temporary.mkdir()
-            training.model.save_pretrained(temporary, tokenizer)
-            roberta.write_safetensors(temporary / "optimizer.safetensors", adam_moments(training))
-            state = {"fingerprint": fingerprint, "scaler": training.scaler.state_dict()}
-            data.write_json(temporary / "progress.json", state | {"progress": asdict(progress)})
-            checksums = {path.name: data.checksum(path) for path in temporary.iterdir()}
-            data.write_json(temporary / "checksums.json", checksums)
-            # Every file is on the disk by now. This makes them a checkpoint, all at once.
-            os.replace(temporary, final)
-            os.sync()  # the directories, too
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(f"cannot write {final} ({error}); is the disk full? {GO_ON}") from None
+        # The model for everyone; for this program Adam's moments, the progress, and the scaler's scale.
+        # There is no state of random generators, since every draw is a function of the step.
+        temporary = data.temporary_beside(final)
+        temporary.mkdir()
+        training.model.save_pretrained(temporary, tokenizer)
+        # The optimiser knows parameters by identity, the file by name.
+        moments = {f"{name}.{kind}": value for name, parameter in training.model.named_parameters()
+                   for kind, value in training.optimizer.state[parameter].items()}
+        roberta.write_safetensors(temporary / "optimizer.safetensors", moments)
+        state = {"fingerprint": fingerprint, "scaler": training.scaler.state_dict()}
+        data.write_json(temporary / "progress.json", state | {"progress": asdict(progress)})
+        checksums = {path.name: data.checksum(path) for path in temporary.iterdir()}
+        data.write_json(temporary / "checksums.json", checksums)
+        # Every file is on the disk by now. This makes them a checkpoint, all at once.
+        os.replace(temporary, final)
+        os.sync()  # the directories, too
         # Only now may older ones go; never the one that evaluated best.
         for step, path in checkpoints(out)[training.config.keep :]:
             if step != progress.best_step:
                 remove_checkpoint(path)
     training.ranks.meet(f"going on after the checkpoint of step {progress.step}")
     lap(training)  # the time of saving counts for the run, but not for its throughput
-
-
-def adam_moments(training: Training) -> dict[str, Tensor]:
-    """Returns Adam's running averages, and how many gradients are in them, by the names of the weights."""
-    names = {parameter: name for name, parameter in training.model.named_parameters()}
-    return {f"{names[parameter]}.{kind}": value
-            for parameter, state in training.optimizer.state.items() for kind, value in state.items()}
-
-
-def load_adam_moments(training: Training, moments: dict[str, Tensor]) -> None:
-    # The optimiser knows parameters by identity, the file by name.
-    parameters = dict(training.model.named_parameters())
-    for key, value in moments.items():
-        name, kind = key.rsplit(".", 1)
-        training.optimizer.state[parameters[name]][kind] = value.to(training.ranks.device)
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
@@ -763,9 +748,8 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
 
 
 def remove_checkpoint(path: Path) -> None:
-    doomed = data.temporary_beside(path)
-    os.replace(path, doomed)  # a directory that is only half removed must not look like a checkpoint
-    shutil.rmtree(doomed)
+    # Renamed first: a directory that is only half removed must not look like a checkpoint.
+    shutil.rmtree(path.replace(data.temporary_beside(path)))
 
 
 def publish(out: Path, source: Path) -> None:
@@ -793,17 +777,14 @@ def claim_directory(out: Path, described: dict[str, dict], config: RunConfig, ra
     for name in data.may_change(config):
         fixed["flags"].pop(name, None)
     path, fingerprint = out / "run.json", data.fingerprint_of(fixed)
-    is_new = not path.exists()
-    before = fixed if is_new else data.read_json(path)
-    if not all(isinstance(before.get(part), dict) for part in fixed):
-        raise ValueError(f"{path}: damaged; delete it, and the same command writes it anew")
+    before = data.read_json(path) if path.exists() else fixed
     for part, values in fixed.items():
         for name, value in values.items():
-            if (found := before[part].get(name)) != value:
+            if (found := before.get(part, {}).get(name)) != value:
                 raise ValueError(f"{out} holds a run with {name} {found}, this one has {value}; choose "
                                  "another --out, or delete the directory to start over")
     ranks.meet("the beginning of the run")  # all have looked
-    if ranks.rank == 0 and is_new:
+    if ranks.rank == 0 and not path.exists():
         data.write_json(path, described | {"fingerprint": fingerprint})
     return before.get("fingerprint", fingerprint)
 
@@ -811,19 +792,24 @@ def claim_directory(out: Path, described: dict[str, dict], config: RunConfig, ra
 def resume(training: Training, out: Path, fingerprint: str) -> None:
     """Takes over the newest whole checkpoint, if there is one, and removes what a killed process left."""
     ranks = training.ranks
-    # Rank 0 chooses for all, who add zeros: what one finds damaged another may find whole.
+    # Rank 0 chooses for all, for what one finds damaged another may find whole. The others add nothing to
+    # its number.
     newest = newest_checkpoint(out, fingerprint) if ranks.rank == 0 else 0
     newest = int(ranks.sum(torch.tensor(newest), "the choice of a checkpoint"))
-    if newest >= 0:
+    if newest > 0:
         path = out / f"checkpoint-{newest}"
         saved, loaded = data.read_json(path / "progress.json"), type(training.model).from_pretrained(path)
         training.model.load_state_dict(loaded.state_dict())
-        load_adam_moments(training, roberta.read_safetensors(path / "optimizer.safetensors"))
+        parameters = dict(training.model.named_parameters())
+        for key, value in roberta.read_safetensors(path / "optimizer.safetensors").items():
+            name, kind = key.rsplit(".", 1)
+            training.optimizer.state[parameters[name]][kind] = value.to(ranks.device)
         training.scaler.load_state_dict(saved["scaler"])
         training.progress = Progress(**saved["progress"])
         say(f"resuming at step {newest} from {path}")
     if ranks.rank == 0:
-        for path in out.glob(".checkpoint-*[0-9].tmp"):  # what a killed process left half written or removed
+        # What a kill or a full disk has left half written or half removed.
+        for path in out.glob(".checkpoint-*[0-9].tmp"):
             shutil.rmtree(path)
         # Lines written after that checkpoint will be written again.
         lines = [json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= training.progress.step]
@@ -831,43 +817,44 @@ def resume(training: Training, out: Path, fingerprint: str) -> None:
 
 
 def newest_checkpoint(out: Path, fingerprint: str) -> int:
-    """Returns the step of the newest checkpoint that is whole; -1 where there are none at all.
+    """Returns the step of the newest checkpoint that is whole; 0 where there are none at all.
 
     A damaged one is said and set aside, the one before it used. Raises: ValueError where all are damaged.
     """
-    damaged: dict[Path, str] = {}
-    # Nothing is set aside before a whole one is found: where none is, a person has to look.
+    damaged: list[Path] = []
+    fault = ""
     for step, path in checkpoints(out):
         try:
             check_checkpoint(path, step, fingerprint)
         except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            damaged[path] = f"{path.name} is damaged ({error})"
+            fault = f"{path.name} is damaged ({error})"
+            say(f"warning: {fault}; the one before it is used, if there is one")
+            damaged.append(path)
             continue
-        for unsound, reason in damaged.items():
+        # Nothing is set aside before a whole one is found: where none is, a person has to look.
+        for unsound in damaged:
             aside = unsound.with_name(f"damaged-{unsound.name}")
-            say(f"warning: {reason}; it is now {aside}, the one before it is used")
             shutil.rmtree(aside, ignore_errors=True)
-            os.replace(unsound, aside)
+            unsound.replace(aside)
         return step
     if damaged:
-        reason = next(iter(damaged.values()))
-        raise ValueError(f"no whole checkpoint: {reason}; put one back, or delete {out} to start over")
-    return -1
+        raise ValueError(f"no whole checkpoint: {fault}; put one back, or delete {out} to start over")
+    return 0
 
 
 def check_checkpoint(path: Path, step: int, fingerprint: str) -> None:
     """Raises ValueError or OSError where a checkpoint is not whole, or not step `step` of this run."""
-    # A cut or altered file would otherwise come to light as odd losses days later, or never.
-    checksums = data.read_json(path / "checksums.json")
-    if missing := {"config.json", roberta.MODEL_FILE, *STATE_FILES} - {"checksums.json"} - checksums.keys():
-        raise ValueError(f"checksums.json has none for {min(missing)}")
-    for name, expected in checksums.items():
-        if Path(name).name != name or not (path / name).is_file() or data.checksum(path / name) != expected:
+    # A cut or altered file would otherwise come to light as odd losses days later, or never. What is read is
+    # in this directory, whatever names the list of checksums holds.
+    expected = data.read_json(path / "checksums.json")
+    found = {file.name: data.checksum(file) for file in path.iterdir() if file.name in expected}
+    for name in ("config.json", roberta.MODEL_FILE, "optimizer.safetensors", "progress.json", *expected):
+        if name not in found or found[name] != expected[name]:
             raise ValueError(f"{name} does not have its checksum")
     saved = data.read_json(path / "progress.json")
-    found = saved.get("fingerprint"), saved.get("progress", {}).get("step")
-    if found != (fingerprint, step):
-        raise ValueError(f"it is step {found[1]} of run {found[0]}, not step {step} of {fingerprint}")
+    identity = saved.get("fingerprint"), saved.get("progress", {}).get("step")
+    if identity != (fingerprint, step):
+        raise ValueError(f"it is step {identity[1]} of run {identity[0]}, not step {step} of {fingerprint}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -915,7 +902,7 @@ def log_result(training: Training, out: Path, result: dict[str, float], more: st
 
 def read_log(out: Path) -> list[dict[str, Any]]:
     """Returns the lines of log.jsonl; those that a crash damaged are left out."""
-    # A crash may have left a part of a line, a full disk zeros.
+    # A full disk or a crash may have left a part of a line, or zeros.
     path, lines = out / "log.jsonl", []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
@@ -924,15 +911,14 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Adds a line to a file that is there, or where the disk is full, nothing. Raises: OSError that says so.
+    """Adds a line to a file. Raises: OSError naming it. A part may be left then, which `read_log` leaves out.
     """
-    size, content = path.stat().st_size, json.dumps(data.without_nan(line)) + "\n"
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(content)
+            file.write(json.dumps(data.without_nan(line)) + "\n")
     except OSError as error:
-        os.truncate(path, size)  # what was left of the disk may have taken a part of it
-        raise OSError(f"cannot write {path} ({error}); is the disk full? {GO_ON}") from None
+        error.filename = str(path)  # a failed write does not say where
+        raise
 
 
 def plot_log(out: Path, title: str, ranks: Ranks) -> None:
@@ -969,7 +955,8 @@ def peak_memory() -> int:
 
 
 def held_by_first_rank(out: Path) -> contextlib.AbstractContextManager:
-    """Locks a run's directory, once however many ranks there are."""
+    """Refuses a directory of someone else's; a run's own is locked, once however many ranks there are."""
+    data.check_ours(out, "run.json", {"data"})
     return data.locked(out) if ranks_of_environment()[0] == 0 else contextlib.nullcontext()
 
 
@@ -997,10 +984,6 @@ def end_after_signal(step: int, received: list[int]) -> NoReturn:
     sys.exit(128 + (received[0] if received else signal.SIGTERM))
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 @contextlib.contextmanager
 def clean_end(unfit: int = 1) -> Iterator[None]:
     """Ends the process after a `with` block; with one line and no traceback, where a person can mend it.
@@ -1013,17 +996,20 @@ def clean_end(unfit: int = 1) -> Iterator[None]:
         leave(stopped.code)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT, f"interrupted; {GO_ON}")
-    except (ValueError, OSError, FloatingPointError) as error:
-        leave(1 if isinstance(error, FloatingPointError) else unfit, f"error: {error}")
+    except OSError as error:
+        leave(unfit, f"error: {error}; once that is mended, {GO_ON}")
+    except (ValueError, FloatingPointError) as error:
+        leave(unfit if isinstance(error, ValueError) else 1, f"error: {error}")
     except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]  # torch takes several lines, the first of which says it
         # torch has a class for a full GPU, and only a message for a full machine. Smaller micro-batches
         # change the result by no more than rounding and dropout's noise.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
-            leave(1, f"error: out of memory ({first_line(error)[:100]}); try a smaller --micro-batch-size")
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in reason:
+            leave(1, f"error: out of memory; try a smaller --micro-batch-size ({reason})")
         # Among several ranks, whatever else goes wrong in a collective is most often that another is gone.
         if not dist.is_initialized():
             raise
-        leave(1, f"error: rank {dist.get_rank()} lost another: {first_line(error)[:300]}; {GO_ON}")
+        leave(1, f"error: rank {dist.get_rank()} lost another: {reason}; {GO_ON}")
     leave(0)
 
 
@@ -1045,10 +1031,9 @@ def check(config: TrainConfig) -> None:
         raise ValueError("--data is empty; leave it out to learn from the documentation installed here")
     if config.warmup_steps > config.max_steps:
         raise ValueError(f"--warmup-steps {config.warmup_steps} exceeds --max-steps {config.max_steps}")
-    room = data.room_for_text(config.seq_len, config.input_format)
-    if data.predictions_of(room, config.mlm_probability) < 1:
-        raise ValueError(f"--seq-len {config.seq_len} with --mlm-probability {config.mlm_probability} leaves "
-                         "nothing to predict in a sequence; try --seq-len 128")
+    size, share = config.seq_len, config.mlm_probability
+    if data.predictions_of(data.room_for_text(size, config.input_format), share) < 1:
+        raise ValueError(f"--seq-len {size} at --mlm-probability {share} leaves nothing to predict; try 128")
 
 
 def parse(argv: Sequence[str] | None) -> TrainConfig:
