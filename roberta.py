@@ -8,7 +8,7 @@ head that guesses tokens, and the heads of the tasks of §5. From data.py come `
 into ids and back, and `join`, which puts `<s>` before the ids of a text and `</s>` behind them.
 
 Part II is about files: ours, Hugging Face's and those of fairseq, the toolkit of the paper's authors. What
-Part I needs of it: `load_model` and `save_model` read and write a model, `check_config` and `check_tokenizer`
+Part I needs of it: `open_model` and `save_model` read and write a model, `check_config` and `check_tokenizer`
 refuse what cannot work, `label_names` fills in the names of a task's labels, and `evaluating` turns dropout
 off for a while.
 
@@ -95,13 +95,6 @@ class RobertaConfig:
         # No real token gets a row up to the padding id's, see position_ids.
         return self.max_position_embeddings - self.pad_token_id - 1
 
-    def to_json(self, architecture: str) -> str:
-        """Returns the text of a config.json that Hugging Face's classes read as well."""
-        entries = asdict(self) | {"model_type": "roberta", "architectures": [architecture]}
-        # Its classes want the names of labels both ways round, and to be told that the LM head is tied.
-        entries |= {"label2id": {name: i for i, name in self.id2label.items()}, "tie_word_embeddings": True}
-        return json.dumps(entries, indent=2) + "\n"
-
     @classmethod
     def tiny(cls, **changes: Any) -> RobertaConfig:
         """A model for a laptop, 1M parameters: learns in minutes on two cores."""
@@ -158,15 +151,16 @@ class Embeddings(nn.Module):
     def __init__(self, config: RobertaConfig):
         super().__init__()
         self.pad_token_id, self.max_tokens = config.pad_token_id, config.max_tokens
-        # Three tables of rows of C numbers, looked up by row number. (`embedding` and `linear` are defined
-        # under Initialisation: torch's layers, with weights drawn as BERT's are.)
-        self.tokens = embedding(config, config.vocab_size, padding_idx=config.pad_token_id)
-        self.positions = embedding(config, config.max_position_embeddings, padding_idx=config.pad_token_id)
+        # Three tables of rows of C numbers, looked up by row number. (`drawn`, defined under Initialisation,
+        # draws the weights of a layer of torch's as BERT's are.)
+        hidden_size, padding = config.hidden_size, config.pad_token_id
+        self.tokens = drawn(nn.Embedding(config.vocab_size, hidden_size, padding), config)
+        self.positions = drawn(nn.Embedding(config.max_position_embeddings, hidden_size, padding), config)
         # BERT pretrains on two segments at once, and the type says which of them a token is from. RoBERTa
         # does not (§4.2), and in a task's pair of texts only `</s></s>` parts the two. So it has one type:
         # the same vector for every token, kept because Hugging Face's files have it, where it is 0. So it
         # begins here.
-        self.token_types = embedding(config, config.type_vocab_size)
+        self.token_types = drawn(nn.Embedding(config.type_vocab_size, hidden_size), config)
         if config.type_vocab_size == 1:
             nn.init.zeros_(self.token_types.weight)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -229,10 +223,10 @@ class SelfAttention(nn.Module):
         self.dropout_prob = config.attention_probs_dropout_prob
         # The matrices are square: H heads of D = C / H numbers make C numbers together, so that many heads
         # cost no more than one.
-        self.q_proj = linear(config, config.hidden_size, config.hidden_size)
-        self.k_proj = linear(config, config.hidden_size, config.hidden_size)
-        self.v_proj = linear(config, config.hidden_size, config.hidden_size)
-        self.out_proj = linear(config, config.hidden_size, config.hidden_size)
+        self.q_proj = drawn(nn.Linear(config.hidden_size, config.hidden_size), config)
+        self.k_proj = drawn(nn.Linear(config.hidden_size, config.hidden_size), config)
+        self.v_proj = drawn(nn.Linear(config.hidden_size, config.hidden_size), config)
+        self.out_proj = drawn(nn.Linear(config.hidden_size, config.hidden_size), config)
 
     def forward(self, hidden: Tensor, may_attend: Tensor) -> Tensor:
         # Queries, keys and values are three products with the same input; one product with the three
@@ -277,8 +271,8 @@ class Block(nn.Module):
         self.attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # C -> F -> C, with a non-linearity (GELU) in between, without which two matrices could do no more
         # than one.
-        self.ffn_in = linear(config, config.hidden_size, config.intermediate_size)
-        self.ffn_out = linear(config, config.intermediate_size, config.hidden_size)
+        self.ffn_in = drawn(nn.Linear(config.hidden_size, config.intermediate_size), config)
+        self.ffn_out = drawn(nn.Linear(config.intermediate_size, config.hidden_size), config)
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -314,7 +308,7 @@ class RobertaModelBase(nn.Module):
         line on stderr says so. Nothing in the files is executed.
         Raises: ValueError where there is no model, or a weight is missing or misshapen.
         """
-        return load_model(cls, Path(directory), config_changes)
+        return open_model(directory, cls, **config_changes)
 
     def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
         """Writes model.safetensors, config.json and the tokenizer's files, for Hugging Face's classes too."""
@@ -324,23 +318,19 @@ class RobertaModelBase(nn.Module):
         """Returns the number of weights, tied ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     def encode(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None) -> Tensor:
         """Returns the ids, (1, T), of a text, `<s> A </s>`, or of a pair of them, `<s> A </s></s> B </s>`.
 
         Ids stay as they are, (B, T). Raises: ValueError where a text comes without a tokenizer,
         or with one that has more units than the model.
         """
-        if isinstance(text, Tensor):
-            return torch.atleast_2d(text).to(self.device)
-        check_tokenizer(tokenizer, self.config)
-        # join adds `<s>` and `</s>`: in training the model has never read a text without them.
-        texts = [text] if isinstance(text, str) else text
-        ids = join(*[tokenizer.encode_to_numpy(text) for text in texts])
-        return torch.from_numpy(ids)[None].to(self.device)
+        if not isinstance(text, Tensor):
+            check_tokenizer(tokenizer, self.config)
+            # join adds `<s>` and `</s>`: in training the model has never read a text without them.
+            texts = [text] if isinstance(text, str) else text
+            text = torch.from_numpy(join(*map(tokenizer.encode_to_numpy, texts)))
+        # To where the weights are, the CPU or an accelerator.
+        return torch.atleast_2d(text).to(next(self.parameters()).device)
 
     @torch.inference_mode()
     def extract_features(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None = None,
@@ -409,24 +399,17 @@ class RobertaModel(RobertaModelBase):
 # to learn more than how common each token is. Hence tiny's 0.06, which makes it 0.68.
 
 
-def linear(config: RobertaConfig, inputs: int, outputs: int) -> nn.Linear:
-    """Returns a linear layer with weights drawn as BERT's are; torch would draw others."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=config.initializer_range)
-    nn.init.zeros_(layer.bias)
+def drawn(layer: nn.Module, config: RobertaConfig) -> nn.Module:
+    """Returns a layer of torch's with weights drawn as BERT's are, in place of those that torch draws."""
+    if isinstance(layer, nn.Linear | nn.Embedding):
+        nn.init.normal_(layer.weight, std=config.initializer_range)
+    if isinstance(layer, nn.Linear):
+        nn.init.zeros_(layer.bias)
+    # The padding id's row starts at 0. Looking it up gives it no gradient; in the token table it gets one all
+    # the same, from the tied LM head.
+    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+        nn.init.zeros_(layer.weight[layer.padding_idx])  # the row is a view: this changes the table
     return layer
-
-
-def embedding(config: RobertaConfig, rows: int, padding_idx: int | None = None) -> nn.Embedding:
-    """Returns a table of rows of C numbers, drawn likewise; the padding id's row starts at 0.
-
-    Looking it up gives it no gradient. In the token table it gets one all the same, from the tied LM head.
-    """
-    table = nn.Embedding(rows, config.hidden_size, padding_idx)
-    nn.init.normal_(table.weight, std=config.initializer_range)
-    if padding_idx is not None:
-        nn.init.zeros_(table.weight[padding_idx])  # the row is a view: this changes the table
-    return table
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -443,7 +426,7 @@ class LMHead(nn.Module):
 
     def __init__(self, config: RobertaConfig):
         super().__init__()
-        self.dense = linear(config, config.hidden_size, config.hidden_size)
+        self.dense = drawn(nn.Linear(config.hidden_size, config.hidden_size), config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # How common each token is, whatever the context: the first thing that a model learns.
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -473,7 +456,10 @@ class RobertaForMaskedLM(RobertaModelBase):
 
         predicted: (M,) indices b * T + t of the places that are predicted.
         """
-        hidden = self.roberta(input_ids, attention_mask, token_type_ids)
+        return self.scores(self.roberta(input_ids, attention_mask, token_type_ids), predicted)
+
+    def scores(self, hidden: Tensor, predicted: Tensor | None) -> Tensor:
+        """Returns the LM head's logits for the encoder's hidden states."""
         return self.lm_head(hidden, self.roberta.embeddings.tokens.weight, predicted)
 
     @torch.inference_mode()
@@ -498,13 +484,12 @@ class RobertaForMaskedLM(RobertaModelBase):
         ids: list[int] = []
         for i, piece in enumerate(pieces):
             ids += [tokenizer.mask_id] if i % 2 else tokenizer.encode(piece)
-        input_ids = torch.from_numpy(join(ids))[None].to(self.device)  # `<s> ids </s>`, (1, T)
+        input_ids = self.encode(torch.from_numpy(join(ids)), tokenizer)  # `<s> ids </s>`, (1, T)
 
         # A softmax turns the scores at each mask into probabilities. A model's vocabulary may have been
         # padded with rows that are no tokens: they have a share in the softmax, but are not offered.
         predicted = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0]  # (M,)
-        with evaluating(self):  # the class is named because RobertaForPreTraining's forward gives a pair
-            logits = RobertaForMaskedLM.forward(self, input_ids, predicted=predicted)  # (M, V)
+        logits = self.scores(self.extract_features(input_ids), predicted)  # (M, V)
         probabilities = logits.float().softmax(-1)
         best, best_ids = probabilities[:, : tokenizer.vocab_size].topk(min(top_k, tokenizer.vocab_size))
 
@@ -537,8 +522,8 @@ class ClassificationHead(nn.Module):
         super().__init__()
         dropout = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.dense = linear(config, config.hidden_size, config.hidden_size)
-        self.out_proj = linear(config, config.hidden_size, num_labels)
+        self.dense = drawn(nn.Linear(config.hidden_size, config.hidden_size), config)
+        self.out_proj = drawn(nn.Linear(config.hidden_size, num_labels), config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         # A layer turns what was good for guessing tokens into what the task is about.
@@ -555,10 +540,9 @@ class RobertaForSequenceClassification(RobertaModelBase):
         self.roberta = RobertaModel(config)
         self.classifier = ClassificationHead(config, config.num_labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Returns logits, (B, num_labels)."""
-        return self.classifier(self.roberta(input_ids, attention_mask, token_type_ids))
+        return self.classifier(self.roberta(input_ids, attention_mask))
 
 
 class RobertaForMultipleChoice(RobertaModelBase):
@@ -569,13 +553,12 @@ class RobertaForMultipleChoice(RobertaModelBase):
         self.roberta = RobertaModel(config)
         self.choice = ClassificationHead(config, 1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Returns scores, (B, N), whose softmax picks the answer; the inputs are (B, N, T) each."""
         # The answers do not see each other: the encoder reads B * N texts, and only the softmax compares.
-        given = (input_ids, attention_mask, token_type_ids)
-        flat = [None if tensor is None else tensor.flatten(0, 1) for tensor in given]  # (B * N, T)
-        return self.choice(self.roberta(*flat)).view(input_ids.shape[:2])  # (B * N, 1) -> (B, N)
+        mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+        hidden = self.roberta(input_ids.flatten(0, 1), mask)  # (B, N, T) -> (B * N, T, C)
+        return self.choice(hidden).view(input_ids.shape[:2])  # (B * N, 1) -> (B, N)
 
 
 class RobertaForQuestionAnswering(RobertaModelBase):
@@ -583,16 +566,14 @@ class RobertaForQuestionAnswering(RobertaModelBase):
 
     def __init__(self, config: RobertaConfig):
         # Start and end: in Hugging Face's config.json these are two labels.
-        config = replace(config, num_labels=2, id2label={})
-        super().__init__(config)
+        super().__init__(replace(config, num_labels=2, id2label={}))
         self.roberta = RobertaModel(config)
-        self.qa_outputs = linear(config, config.hidden_size, 2)
-        self.answerable = linear(config, config.hidden_size, 1) if config.answerability else None
+        self.qa_outputs = drawn(nn.Linear(config.hidden_size, 2), config)
+        self.answerable = drawn(nn.Linear(config.hidden_size, 1), config) if config.answerability else None
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                token_type_ids: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Returns logits of start and end, (B, T) each; with `answerability` also of "answerable", (B,)."""
-        hidden = self.roberta(input_ids, attention_mask, token_type_ids)
+        hidden = self.roberta(input_ids, attention_mask)
         # Not from `<s>` alone: any token may be the first or the last of the answer.
         start, end = self.qa_outputs(hidden).unbind(-1)  # (B, T, 2) -> two of (B, T)
         if self.answerable is None:
@@ -618,8 +599,7 @@ class RobertaForPreTraining(RobertaForMaskedLM):
         """Returns the logits of RobertaForMaskedLM and NSP's, (B, 2): label 0 = the second part follows."""
         # One pass through the encoder answers both questions.
         hidden = self.roberta(input_ids, attention_mask, token_type_ids)
-        scores = self.lm_head(hidden, self.roberta.embeddings.tokens.weight, predicted)
-        return scores, self.nsp_head(hidden)
+        return self.scores(hidden, predicted), self.nsp_head(hidden)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -637,8 +617,7 @@ def check_config(config: RobertaConfig) -> None:
         if f.type.startswith("int") and not valid:  # types are text here
             raise ValueError(f"{f.name} {value!r} must be a whole number from {low} to {high - 1}")
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f"hidden_size {config.hidden_size} must be a multiple of num_attention_heads "
-                         f"{config.num_attention_heads}")
+        raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}")
     if config.hidden_act != "gelu":
         raise ValueError(f"hidden_act {config.hidden_act!r} is not RoBERTa's; only 'gelu' (exact) is built")
 
@@ -791,9 +770,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 # Reading files, of whoever's
 # ----------------------------------------------------------------------------------------------------------
 
-# In order of preference: Hugging Face's, of which an index names the files of a large model, then fairseq's.
-WEIGHT_FILES = (MODEL_FILE, MODEL_FILE + ".index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-                "model.pt")
+# In order of preference: Hugging Face's, where a large model has several, then fairseq's. (An index that lies
+# beside several is not needed: if one of them is missing, so are its weights, and that is an error anyhow.)
+WEIGHT_FILES = (MODEL_FILE, "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin", "model.pt")
 # What Hugging Face's RobertaConfig takes where config.json is silent, and ours does not.
 HUGGING_FACE_DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512}
 # What its models can also be, and ours cannot.
@@ -805,30 +784,27 @@ IGNORED = re.compile(r"lm_head\.(decoder\.)?weight|.*(position_ids|token_type_id
                      r".*\.layers?\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
 
 
+
 def weight_files(directory: str | Path) -> list[Path]:
     """Returns the files that hold the weights of the model in a directory; none where there is no model."""
-    found = [Path(directory) / name for name in WEIGHT_FILES if (Path(directory) / name).is_file()]
-    if not found or found[0].suffix != ".json":
-        return found[:1]
-    with opening(found[0]):
-        weight_map = read_json(found[0])["weight_map"]  # which file holds which weight
-        # Files beside it: a path that leads elsewhere is not followed.
-        return sorted({Path(directory) / Path(name).name for name in weight_map.values()})
+    for pattern in WEIGHT_FILES:
+        if found := sorted(Path(directory).glob(pattern)):
+            return found
+    return []
 
 
 def find_model(directory: str | Path) -> Path:
     """Returns the directory with the model's weights: this one, or of a run its newest checkpoint."""
-    directory = Path(directory)
-    steps = [path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")]
-    newest_first = sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
-    for place in (directory, *(directory / f"checkpoint-{step}" for step in newest_first)):
+    # Sorted by length first: step 9 comes before step 10.
+    checkpoints = sorted(Path(directory).glob("checkpoint-*[0-9]"), key=lambda path: (len(path.name), path))
+    for place in (Path(directory), *reversed(checkpoints)):
         if weight_files(place):
             return place
     raise ValueError(f"{directory}: no model; give a directory with one of {', '.join(WEIGHT_FILES)}")
 
 
 def read_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the entries of config.json and the weights under Hugging Face's keys, of whatever origin.
+    """Returns the entries of config.json and the weights under our keys, of whatever origin.
 
     Raises: ValueError naming the file that is damaged, or the weight that is none.
     """
@@ -842,10 +818,14 @@ def read_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         else:
             entries = HUGGING_FACE_DEFAULTS | read_json(directory / "config.json")
 
+    # An encoder that was saved by itself lacks the prefix that it has in a model with a head. The prefix also
+    # says of what kind the model is where the config.json, as in 2019, does not.
+    prefix = "" if any("roberta." in str(key) for key in found) else "roberta."
+    entries.setdefault("model_type", None if prefix else "roberta")
     weights = {}
     for key, weight in found.items():
         # torch.compile and DistributedDataParallel put names of their own before a model's.
-        key = re.sub(r"^module\.|_orig_mod\.", "", str(key))
+        key = prefix + re.sub(r"^module\.|_orig_mod\.", "", str(key))
         if IGNORED.fullmatch(key):
             continue
         is_tensor = isinstance(weight, Tensor) and weight.is_floating_point()
@@ -853,14 +833,7 @@ def read_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         if not is_tensor or not weight.float().sum().isfinite():
             raise ValueError(f"{directory}: {key} is no tensor of finite floats; train it again, or fetch it")
         weights[key] = weight.float().contiguous()
-
-    # The config.json of 2019 does not say of what kind the model is; the names of its weights do. Only an
-    # encoder that was saved by itself lacks the prefix that it has in a model with a head.
-    is_prefixed = any(key.startswith("roberta.") for key in weights)
-    entries.setdefault("model_type", "roberta" if is_prefixed else None)
-    if not is_prefixed:
-        weights = {"roberta." + key: weight for key, weight in weights.items()}
-    return entries, weights
+    return entries, rename(weights, FROM_HUGGING_FACE)
 
 
 class Inert:
@@ -900,8 +873,8 @@ def from_fairseq(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
     # fairseq has no row for the only type of token, which is as good as one of zeros.
     words = weights["roberta.embeddings.word_embeddings.weight"]
     weights.setdefault("roberta.embeddings.token_type_embeddings.weight", torch.zeros_like(words[:1]))
-    layers = {key.split(".")[3] for key in weights if key.startswith("roberta.encoder.layer.")}
-    entries = {"vocab_size": len(words), "hidden_size": words.shape[1], "num_hidden_layers": len(layers),
+    entries = {"vocab_size": len(words), "hidden_size": words.shape[1],
+               "num_hidden_layers": sum(key.endswith(".intermediate.dense.bias") for key in weights),
                "num_attention_heads": plain(arguments["encoder_attention_heads"]),
                "intermediate_size": len(weights["roberta.encoder.layer.0.intermediate.dense.bias"]),
                "max_position_embeddings": len(weights["roberta.embeddings.position_embeddings.weight"]),
@@ -921,71 +894,64 @@ def plain(value: Any) -> Any:
 # Opening and saving
 # ----------------------------------------------------------------------------------------------------------
 
+# The weight that tells whose head a file has, and the class of ours that has a place for it.
+HEADS = {"classifier.out_proj.bias": RobertaForSequenceClassification,
+         "choice.out_proj.bias": RobertaForMultipleChoice, "qa_outputs.bias": RobertaForQuestionAnswering,
+         "nsp_head.dense.bias": RobertaForPreTraining, "lm_head.dense.bias": RobertaForMaskedLM}
+
 
 def read_config(directory: str | Path) -> RobertaConfig:
     """Returns the config of a saved model, of whatever origin. Raises: ValueError as `from_pretrained`."""
-    return make_config(read_model(directory)[0], {}, Path(directory))
+    return open_model(directory).config
 
 
-def make_config(entries: dict[str, Any], changes: dict[str, Any], source: Path) -> RobertaConfig:
-    """Returns the config of a saved model with changes, or raises ValueError where it is no such model."""
+def open_model(directory: str | Path, kind: type[RobertaModelBase] | None = None, **changes: Any) -> Any:
+    """Returns a saved model as a class, or if None as the class that its weights are for, in eval mode.
+
+    See RobertaModelBase.from_pretrained, which gives the class.
+    """
+    entries, weights = read_model(directory)
     for name, value in NEEDED.items():
         if entries.get(name, value) != value:
-            raise ValueError(f"{source}: {name} is {entries[name]!r}; only {value!r} opens here")
-    # What other models have besides is passed over, and so are labels where others are asked for.
-    passed_over = {"num_labels", "id2label"} if {"num_labels", "id2label"} & changes.keys() else set()
-    known = {f.name for f in fields(RobertaConfig)} - passed_over
-    entries = {name: value for name, value in entries.items() if name in known}
-    with opening(source):
-        return RobertaConfig(**entries | changes)
-
-
-def load_model(kind: type[RobertaModelBase] | None, directory: Path, changes: dict[str, Any]) -> Any:
-    """Returns a saved model as a class, or if None as the class that its weights are for."""
-    entries, weights = read_model(directory)
-    config = make_config(entries, changes, directory)
+            raise ValueError(f"{directory}: {name} is {entries[name]!r}; only {value!r} opens here")
+    # Where other labels are asked for, neither the number nor the names of the old ones count.
+    if {"num_labels", "id2label"} & changes.keys():
+        changes = {"num_labels": None, "id2label": {}} | changes
+    # What other models have besides is passed over.
+    known = {f.name: entries[f.name] for f in fields(RobertaConfig) if f.name in entries}
     with opening(directory):
-        model = (kind or class_for(weights))(config)
-    # An encoder by itself lacks the prefix that it has as a part of the others.
-    whole = nn.ModuleDict({"roberta": model}) if isinstance(model, RobertaModel) else model
+        config = RobertaConfig(**known | changes)
+        kind = kind or next((HEADS[key] for key in HEADS if key in weights), RobertaModel)
+        # On the meta device tensors have a shape and no content: nothing is drawn that a file will replace.
+        with torch.device("meta"):
+            model = kind(config)
 
-    # Encoder and LM head must be there as they are. Another head stays as drawn where the file has none, or
-    # one for another number of labels. Heads of other models are passed over.
-    weights = rename(weights, FROM_HUGGING_FACE)
-    state: dict[str, Tensor] = {}
-    for part, module in whole.named_children():
-        wanted = {key: value.shape for key, value in module.state_dict(prefix=part + ".").items()}
-        given = {key: weight for key, weight in weights.items() if key.startswith(part + ".")}
-        if part not in ("roberta", "lm_head") and {key: w.shape for key, w in given.items()} != wanted:
-            print(f"note: no fitting {', '.join(wanted)} in {directory}; drawn at random", file=sys.stderr)
-            given = module.state_dict(prefix=part + ".")
-        state |= given
-
-    # The tensors become the model's own. torch compares names and shapes, and names what does not fit.
-    with opening(directory):
-        whole.load_state_dict(state, strict=True, assign=True)
+        # Encoder and LM head must be there as they are: torch compares names and shapes, and names what does
+        # not fit. Another head, which is made of linear layers, is drawn where the file has none, or one for
+        # another number of labels. Heads of other models are passed over.
+        parts = {"roberta": model} if isinstance(model, RobertaModel) else dict(model.named_children())
+        for part, module in parts.items():
+            given = {key.removeprefix(part + "."): weight
+                     for key, weight in weights.items() if key.startswith(part + ".")}
+            wanted = {key: weight.shape for key, weight in module.state_dict().items()}
+            if part in ("roberta", "lm_head") or wanted == {key: value.shape for key, value in given.items()}:
+                module.load_state_dict(given, assign=True)  # the tensors become the model's own
+            else:
+                print(f"note: no fitting {part} in {directory}; drawn at random", file=sys.stderr)
+                module.to_empty(device="cpu").apply(lambda layer: drawn(layer, config))
     return model.eval()
-
-
-def class_for(weights: dict[str, Tensor]) -> type[RobertaModelBase]:
-    """Returns the class of ours that has a place for the head among weights."""
-    kinds = {"classifier.out_proj.weight": RobertaForSequenceClassification,
-             "classifier.weight": RobertaForMultipleChoice, "qa_outputs.weight": RobertaForQuestionAnswering,
-             "nsp_head.dense.weight": RobertaForPreTraining, "lm_head.dense.weight": RobertaForMaskedLM}
-    return next((kind for key, kind in kinds.items() if key in weights), RobertaModel)
-
-
-def open_model(directory: str | Path) -> RobertaModelBase:
-    """Returns the model in a directory as the class that its weights are for, as `from_pretrained` does."""
-    return load_model(None, Path(directory), {})
 
 
 def save_model(model: RobertaModelBase, directory: Path, tokenizer: Tokenizer | None) -> None:
     """See RobertaModelBase.save_pretrained. The weights come last: with them the directory is a model."""
     # Hugging Face has no model with NSP; there it opens as the masked LM, and the other heads are left over.
     architecture = type(model).__name__.replace("ForPreTraining", "ForMaskedLM")
+    entries = asdict(model.config) | {"model_type": "roberta", "architectures": [architecture]}
+    # Its classes want the names of labels both ways round, and to be told that the LM head is tied.
+    label2id = {name: i for i, name in model.config.id2label.items()}
+    entries |= {"label2id": label2id, "tie_word_embeddings": True}
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "config.json", model.config.to_json(architecture).encode())
+    write_atomically(directory / "config.json", (json.dumps(entries, indent=2) + "\n").encode())
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
         tokenizer.save_pretrained(directory, model_max_length=model.config.max_tokens)
@@ -997,35 +963,32 @@ def save_model(model: RobertaModelBase, directory: Path, tokenizer: Tokenizer | 
 # ----------------------------------------------------------------------------------------------------------
 
 
-def answer(model: RobertaModelBase, question: str, passage: str, tokenizer: Tokenizer) -> list[str]:
-    """Returns the answer in a passage after its probability, and a line on whether there is one."""
-    start, end, *answerable = model(model.encode((question, passage), tokenizer))
-    # The passage stands between <s> question </s></s> and </s>.
-    first = len(tokenizer.encode(question)) + 3
-    start, end = start[0, first:-1].softmax(0), end[0, first:-1].softmax(0)
-    # The product for each start and each end, of which the end is not before the start, nor far behind it.
-    scores = (start[:, None] * end).triu().tril(30)  # (T,), (T,) -> (T, T)
-    best_start, best_end = divmod(int(scores.argmax()), len(end))
-    _, characters = tokenizer.encode_with_offsets(passage)
-    text = passage[characters[best_start][0] : characters[best_end][1]].strip()
-    judged = [f"{logit.sigmoid().item():7.2%}  that there is an answer" for logit in answerable]
-    return [f"{scores.max().item():7.2%}  {text}", *judged]
-
-
 def results(model: RobertaModelBase, texts: list[str], tokenizer: Tokenizer, top_k: int) -> list[str]:
     """Returns what a model makes of one text or two, each result a line."""
     if isinstance(model, RobertaForMaskedLM) and len(texts) == 1:
         filled = model.fill_mask(texts[0], tokenizer, top_k)
         masks = filled if isinstance(filled[0], list) else [filled]
         return [f"{found['score']:7.2%}  {found['sequence']}" for mask in masks for found in mask]
+
     if isinstance(model, RobertaForSequenceClassification) and len(texts) <= 2:
         logits = model(model.encode(texts, tokenizer))[0]
+        # A single label is a number, such as a similarity, and no probability.
         if len(logits) == 1:
             return [f"{logits.item():.4f}"]
         names = model.config.id2label.values()
         return [f"{score:7.2%}  {name}" for name, score in zip(names, logits.softmax(0).tolist())]
+
     if isinstance(model, RobertaForQuestionAnswering) and len(texts) == 2:
-        return answer(model, *texts, tokenizer)
+        start, end, *answerable = model(model.encode(texts, tokenizer))
+        # The tokens of the passage are the last, before one `</s>`.
+        ids, characters = tokenizer.encode_with_offsets(texts[1])
+        start, end = (logits[0, -1 - len(ids) : -1].softmax(0) for logits in (start, end))
+        # The product for each start and each end, where the end is neither before the start nor far behind.
+        scores = (start[:, None] * end).triu().tril(30)  # (T,), (T,) -> (T, T)
+        first, last = divmod(int(scores.argmax()), len(ids))
+        answer = texts[1][characters[first][0] : characters[last][1]].strip()
+        judged = [f"{logit.sigmoid().item():7.2%}  that there is an answer" for logit in answerable]
+        return [f"{scores.max().item():7.2%}  {answer}", *judged]
     raise ValueError(f"{type(model).__name__} has no use for {len(texts)} texts; see --help")
 
 
