@@ -42,7 +42,6 @@ import ast
 import bz2
 import contextlib
 import dataclasses
-import datetime
 import fcntl
 import functools
 import gc
@@ -59,15 +58,13 @@ import re
 import signal
 import sys
 import threading
-import time
-import typing
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import regex  # Unicode classes for the pre-tokenisation; tiktoken brings it along
@@ -124,13 +121,9 @@ def count_pretokens(documents: Iterable[str]) -> Counter[str]:
         start, *others = re.split(r" (?=\S)", document) if has_runs_of_spaces else document.split(" ")
         counts.update(pretokens(start))
         pieces.update(others)
-    # Pieces of equal count are joined again, with the spaces they lost, so the pattern runs once per count.
-    pieces_by_count = defaultdict(list)
     for piece, count in pieces.items():
-        pieces_by_count[count].append(piece)
-    for count, equally_frequent in pieces_by_count.items():
-        for pretoken, times in Counter(pretokens(" " + " ".join(equally_frequent))).items():
-            counts[pretoken] += times * count
+        for pretoken in pretokens(" " + piece):  # with the space that it lost
+            counts[pretoken] += count
     return counts
 
 
@@ -241,39 +234,36 @@ def merge_pair(pair: str, unit: str, where: list[int], words: list[str], frequen
 
     >>> words, counts = ["then", "hehe"], defaultdict(int)
     >>> merge_pair("he", "H", [0, 1], words, [1, 1], counts)
-    {'tH': [0], 'HH': [1], 'Hn': [0], 'Hh': [1]}
+    {'tH': [0], 'Hn': [0], 'Hh': [1], 'HH': [1]}
     >>> words, dict(counts)
-    (['tHn', 'HH'], {'th': -1, 'tH': 1, 'Hh': 0, 'HH': 1, 'en': -1, 'Hn': 1, 'eh': -1})
+    (['tHn', 'HH'], {'th': -1, 'tH': 1, 'en': -1, 'Hn': 1, 'eh': -1, 'Hh': 0, 'HH': 1})
     """
     first, second = pair
-    # With "h e" merged in "t h e n", the pairs (t, h) and (e, n) go, (t, he) and (he, n) come. So what
-    # matters is the neighbour on either side: collected here with the words in which it stands there.
-    words_left, words_right = defaultdict(list), defaultdict(list)
+    arose: dict[str, list[int]] = defaultdict(list)
+
+    def change(old_pair: str, new_pair: str, index: int) -> None:
+        # A word that occurs ten times counts ten times.
+        pair_count[old_pair] -= frequency[index]
+        pair_count[new_pair] += frequency[index]
+        arose[new_pair].append(index)
+
     # A word of a million "a" is listed a million times in a row for the pair "aa": groupby gives it once.
     for index, _ in itertools.groupby(where):
         # (Where an earlier merge took the pair out of this word, it is a single piece, and nothing happens.)
         pieces = words[index].split(pair)
         words[index] = unit.join(pieces)
-        # From left to right. Of two merges in a row, "h e h e", the first still has an "h" to its right when
-        # its neighbours change, and the second has the new unit to its left.
+        # With "h e" merged in "t h e n", the pairs (t, h) and (e, n) go, (t, he) and (he, n) come. So what
+        # matters is the neighbour on either side. Of two merges in a row, "h e h e", the first still has an
+        # "h" to its right when its neighbours change, and the second has the new unit to its left.
         left = pieces[0]
         for number, right in enumerate(pieces[1:], 2):
-            is_end = number == len(pieces) and not right
             if left:
-                words_left[left[-1]].append(index)
-            if not is_end:
-                words_right[right[0] if right else first].append(index)
+                change(left[-1] + first, left[-1] + unit, index)
+            if right or number < len(pieces):
+                neighbour = right[0] if right else first
+                change(second + neighbour, unit + neighbour, index)
             left = right or unit
-    # For each neighbour: the pair that goes, the pair that comes; how often: a word's frequency each time.
-    changes = [(neighbour + first, neighbour + unit, seen_in) for neighbour, seen_in in words_left.items()]
-    changes += [(second + neighbour, unit + neighbour, seen_in) for neighbour, seen_in in words_right.items()]
-    arose: dict[str, list[int]] = {}
-    for old_pair, new_pair, seen_in in changes:
-        times = sum(map(frequency.__getitem__, seen_in))
-        pair_count[old_pair] -= times
-        pair_count[new_pair] += times
-        arose[new_pair] = seen_in
-    return arose
+    return dict(arose)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -317,25 +307,13 @@ class Tokenizer:
         try:
             ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
-            raise ValueError(f"character {error.start} is {text[error.start]!a}, a lone surrogate, no text; "
-                             'text.encode("utf-8", "replace").decode() has a "?" in its place') from None
+            raise ValueError(f"character {error.start} is {text[error.start]!a}, a lone surrogate") from None
         except ValueError:
             # tiktoken's regex engine overflows on white space of a million characters that leads to text. The
             # last such character begins a pre-token, so the text may be cut before it.
             pieces = re.split(r"(?=\s\S)(?<=\s{1000})", text)
             ranks = np.concatenate([self._bpe.encode_to_numpy(p, disallowed_special=()) for p in pieces])
         return self.rank_to_id[ranks]
-
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """Returns `encode_to_numpy` of every text, using several threads; by default one a core.
-
-        tiktoken releases Python's lock while it works, so threads do run side by side.
-        """
-        # A call for each text would cost more than a short text's encoding, so threads take shares of them.
-        shares = equal_parts(np.ones(len(texts)), 8 * (threads or cores()))  # a few a thread, to even out
-        with ThreadPoolExecutor(threads or cores()) as pool:
-            encoded = pool.map(lambda share: [self.encode_to_numpy(texts[i]) for i in share], shares)
-            return [ids for share in encoded for ids in share]
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids of a text, and (T, 2) the characters each token is made of: text[begin:end].
@@ -390,15 +368,22 @@ def join(first: Sequence[int] | np.ndarray, second: Sequence[int] | np.ndarray |
 # Sentences, and how they fill a sequence (§4.2)
 # ----------------------------------------------------------------------------------------------------------
 
-# A sentence ends after . ! or ? with any closing quotes and brackets, if white space follows, and then
-# anything but an ASCII lowercase letter: "He left. Then", not "i.e. then". It also ends at a blank line
-# (unless . ! or ? stands before that), before the last of its white space: "A heading\n" and "\nIts text".
-# Both places are borders of pre-tokens. (White space is written [^\S\x1c-\x1f]: Python's \s has four
-# characters more than the tokenizer's. Every match begins with one of four characters, which the regex engine
-# finds fast.)
+# Where does a sentence end? After . ! or ? with any closing quotes and brackets, if white space follows, and
+# then anything but an ASCII lowercase letter; and at a blank line (unless . ! or ? stands right before it),
+# in front of the last of its white space. "|" marks the cuts, and "/" a line's end:
+#
+#     He left. Then it rained.       He left.| Then it rained.
+#     "Why?" (Really!) So            "Why?"| (Really!)| So
+#     i.e. at 3.5 p.m. it rained     i.e. at 3.5 p.m. it rained
+#     A heading//Its text            A heading/|/Its text
+#
+# Both places are borders of pre-tokens. White space is SPACE, the tokenizer's: Python's \s has four
+# characters more. Every match begins with one of four characters, which the regex engine finds fast; the two
+# patterns say what must stand behind . ! or ?, and behind the end of the line in front of a blank one.
 SPACE = r"[^\S\x1c-\x1f]"
-SENTENCE_END = re.compile(rf"""[.!?\n](?:(?<!\n)["'”’)\]]*(?={SPACE}+[^\sa-z])|"""
-                          rf"""(?<=[^.!?]\n)[^\S\n\x1c-\x1f]*(?=\n){SPACE}*(?={SPACE}\S))""")
+AFTER_STOP = rf"""["'”’)\]]*(?={SPACE}+[^\sa-z])"""
+AFTER_LINE = rf"[^\S\n\x1c-\x1f]*(?=\n){SPACE}*(?={SPACE}\S)"  # the first part is SPACE without "\n"
+SENTENCE_END = re.compile(rf"[.!?\n](?:(?<!\n){AFTER_STOP}|(?<=[^.!?]\n){AFTER_LINE})")
 
 InputFormat = Literal["full-sentences", "doc-sentences", "segment-pair", "sentence-pair"]
 PAIR_FORMATS = ("segment-pair", "sentence-pair")
@@ -414,7 +399,10 @@ def split_sentences(document: str) -> list[str]:
     >>> split_sentences('He left. "Why?" she asked. At 3.5 it rained.')
     ['He left.', ' "Why?" she asked.', ' At 3.5 it rained.']
     """
-    bounds = [0, *(match.end() for match in SENTENCE_END.finditer(document)), len(document)]
+    # At the end, blank lines lead to no text. (The pattern would look for some from each of them: a million
+    # would take hours.)
+    matches = SENTENCE_END.finditer(document, 0, len(document.rstrip()))
+    bounds = [0, *(match.end() for match in matches), len(document)]
     return [document[a:b] for a, b in zip(bounds, bounds[1:]) if a < b]
 
 
@@ -442,7 +430,7 @@ def pack(sentences: np.ndarray, documents: np.ndarray, seq_len: int, input_forma
     Ten words in two documents of two sentences each, "a b c | d" and "e f | g h i j", for sequences of 12:
 
     >>> sentences, documents = np.array([3, 4, 6, 10]), np.array([4, 10])
-    >>> for input_format in typing.get_args(InputFormat):
+    >>> for input_format in get_args(InputFormat):
     ...     print(f"{input_format:15}", pack(sentences, documents, 12, input_format).tolist())
     full-sentences  [0, 6, 10]
     doc-sentences   [0, 4, 10]
@@ -547,9 +535,8 @@ class Sequences:
 
     def token_ids(self, pairs: Pairs | None, index: int) -> np.ndarray:
         """Returns a sequence with its special tokens."""
-        if pairs is None:
-            return join(self.segment(index))
-        return join(self.segment(pairs.first[index]), self.segment(pairs.second[index]))
+        segments = [index] if pairs is None else [pairs.first[index], pairs.second[index]]
+        return join(*map(self.segment, segments))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -697,7 +684,9 @@ def mask_tokens(input_ids: np.ndarray, sequence: np.ndarray, epoch: np.ndarray, 
     mask_id = vocab_size - 1 if mask_id is None else mask_id
 
     # Which tokens? Each draws a ticket, and the lowest `count` of a row are chosen. Special tokens have none.
-    maskable = (input_ids > UNK) & (input_ids != mask_id)
+    # (But `<unk>`, where a tokenizer has units it can't name, stands for text. So every token of a text
+    # counts, as in `Sequences.lengths`.)
+    maskable = (input_ids >= UNK) & (input_ids != mask_id)
     count = predictions_of(maskable.sum(1), mlm_probability)
     # (B, T)
     ticket = draw(seed, MASK_WHICH, sequence[:, None], epoch[:, None], np.arange(input_ids.shape[1]))
@@ -952,8 +941,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
                 if is_jsonl(path) and b"\n" not in content:
                     content += file.readline(MAX_ROW_BYTES)
             except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-                damage = str(error)
-                content = rest
+                content, damage = rest, str(error)
             # Cut behind the last blank line, so that no document is torn; else behind a line; else behind a
             # space (a "line" of gigabytes is none). What follows the cut begins the next block.
             is_last = len(content) < BLOCK_BYTES
@@ -964,68 +952,70 @@ def read_blocks(path: Path) -> Iterator[Block]:
             rest = content[cut:]
 
 
-def jobs_of(files: list[Path]) -> Iterator[list[Block]]:
-    """Yields the blocks of the files in jobs of some 8 MB: a thousand small files become one job."""
-    job, size = [], 0
+def jobs_of(files: list[Path], what: str) -> Iterator[list[Block]]:
+    """Yields the blocks of the files in jobs of some 8 MB: a thousand small files become one job.
+
+    It says at every percent how far the reading is.
+    """
+    job, size, done, said = [], 0, 0, 0
     for block in (block for file in files for block in read_blocks(file)):
         if job and size + len(block.content) > BLOCK_BYTES:
             yield job
             job, size = [], 0
         job.append(block)
         size += len(block.content)
+        done += len(block.content)
+        percent = min(100, 100 * done // text_bytes(files))
+        if percent > said:
+            say(f"{what}: {percent} %")
+            said = percent
     yield job
 
 
-def usable_lines(block: Block, left_out: LeftOut) -> Iterator[tuple[str, str]]:
-    """Yields (where it stands, line) for the lines that are text."""
-    for number, raw in enumerate(block.content.split(b"\n"), block.line + 1):
-        where = f"{block.path}: line {number}"
-        try:
-            # A file from Windows may begin with a mark, U+FEFF, that is no text, and has \r before each \n.
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
-            if "\0" in line:
-                raise ValueError("a NUL character; is the file binary, or UTF-16?")
-            yield where, line
-        except ValueError as error:
-            where += f" ({error}); convert it, as with iconv -f LATIN1 -t UTF-8"
-            left_out.setdefault("not UTF-8 text", [0, where])[0] += 1
+def text_bytes(files: list[Path]) -> int:
+    """Returns about how much text files hold: packed text is some four times as long as its file."""
+    return max(1, sum(file.stat().st_size * (4 if file.suffix.lower() in OPENERS else 1) for file in files))
 
 
 def documents_of(block: Block, text_field: str, left_out: LeftOut) -> Iterator[str]:
     """Yields the documents of a block. In `.jsonl` each line has one, in a field. In text, blank lines
     separate them, and what is longer than MAX_DOCUMENT without a blank line is cut.
     """
-    lines = [(where, line if line.strip() else "") for where, line in usable_lines(block, left_out)]
-    if is_jsonl(block.path):
-        texts = [text_of_row(line, text_field, where, left_out) for where, line in lines if line]
-    else:
-        texts = re.split("\n\n+", "\n".join(line for _, line in lines).strip("\n"))
+    is_rows, texts = is_jsonl(block.path), []
+    for number, raw in enumerate(block.content.split(b"\n"), block.line + 1):
+        where = f"{block.path}: line {number}"
+        kind, advice = "not UTF-8 text", "convert it, as with iconv -f LATIN1 -t UTF-8"
+        try:
+            # A file from Windows may begin with a mark, U+FEFF, that is no text, and has \r before each \n.
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
+            if "\0" in text:
+                raise ValueError("a NUL character; is the file binary, or UTF-16?")
+            if is_rows and text.strip():
+                kind, advice = f"without a text in the field {text_field!r}", "--text-field names another"
+                text = json.loads(text)[text_field]
+                text.encode()  # raises for half a surrogate pair, which JSON can spell, and for no string
+            texts.append(text)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+            # Here `kind` says how far it came.
+            first = f"{where}, which begins {raw[:80]!r} ({type(error).__name__} {error}); {advice}"
+            left_out.setdefault(kind, [0, first])[0] += 1
+    if block.damage:
+        first = f"{where} and the rest ({block.damage})"
+        left_out.setdefault("behind damage in a packed file", [0, first])[0] += 1
+    if not is_rows:
+        lines = [line if line.strip() else "" for line in texts]
+        texts = re.split("\n\n+", "\n".join(lines).strip("\n"))
     for text in texts:
         # Text without blank lines, such as a book's, would be one endless document. (A row of .jsonl is what
         # its maker takes for one.) A cut at a line's end drops that end; at a space, where a line is too
         # long, it drops nothing.
-        while len(text) > MAX_DOCUMENT and not is_jsonl(block.path):
+        while len(text) > MAX_DOCUMENT and not is_rows:
             line_end = text.rfind("\n", 1, MAX_DOCUMENT + 1)
             end = line_end if line_end > 0 else text.rfind(" ", 0, MAX_DOCUMENT) + 1 or MAX_DOCUMENT
             yield text[:end]
             text = text[end:].removeprefix("\n")
         if text.strip():
             yield text
-    if block.damage:
-        where = f"{lines[-1][0] if lines else block.path} and the rest ({block.damage})"
-        left_out.setdefault("behind damage in a packed file", [0, where])[0] += 1
-
-
-def text_of_row(line: str, text_field: str, where: str, left_out: LeftOut) -> str:
-    """Returns the text of a row of .jsonl, "" where it is left out."""
-    try:
-        text = json.loads(line)[text_field]
-        text.encode()  # raises for half a surrogate pair, which JSON can spell, and for what is no string
-        return text
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        where += f", which begins {line[:80]!r} ({type(error).__name__} {error}); --text-field names another"
-        left_out.setdefault(f"without a text in the field {text_field!r}", [0, where])[0] += 1
-        return ""
 
 
 # A first run needs nothing but the machine: these are packages that the requirements bring along.
@@ -1047,25 +1037,20 @@ def documentation_files() -> list[Path]:
 
 def docstrings(path: Path) -> str:
     """Returns the docstrings of a Python source, in order. It is parsed, never imported."""
-    source = path.read_text(encoding="utf-8", errors="ignore")
-    if 3 * '"' not in source and 3 * "'" not in source:
-        return ""  # parsing takes most of the time, and here there is nothing to find
     try:
         with warnings.catch_warnings(action="ignore"):  # about other people's invalid escapes
-            tree = ast.parse(source)
+            tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
     except (SyntaxError, ValueError, RecursionError):  # of another Python's syntax
         return ""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, owners) and ast.get_docstring(node)]
-    nodes.sort(key=lambda node: node.body[0].lineno)
-    return "\n\n".join(map(ast.get_docstring, nodes))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, owners)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has none
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
 
-def rows_of_docstrings(files: list[Path]) -> bytes:
-    gc.disable()  # a syntax tree is thousands of objects, and none of them is garbage before its file is done
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in map(docstrings, files) if text)
-    gc.enable()
-    return rows.encode()
+def rows_of_docstrings(files: list[Path]) -> str:
+    texts = filter(None, map(docstrings, files))
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def harvest(out: Path, workers: int) -> Path:
@@ -1075,7 +1060,7 @@ def harvest(out: Path, workers: int) -> Path:
         files = documentation_files()
         say(f"reading the documentation in {len(files)} Python files")
         groups = [files[i : i + 100] for i in range(0, len(files), 100)]
-        write_atomically(path, b"".join(in_order(rows_of_docstrings, groups, workers)))
+        write_atomically(path, "".join(in_order(rows_of_docstrings, groups, workers)).encode())
     return path
 
 
@@ -1085,7 +1070,6 @@ def harvest(out: Path, workers: int) -> Path:
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
-TRAIN, HELD_OUT, DUPLICATE = range(3)  # what becomes of a document
 
 
 def flag(default: Any, help: str, source: str = "", *, group: str = "everyday", low: float = -math.inf,
@@ -1127,71 +1111,60 @@ def prepare(config: PrepareConfig) -> Path:
     """
     check_flags(config)
     out, workers = Path(config.out), config.workers or cores()
-    check_ours(out, "settings.json")
+    check_ours(out, "manifest.json")
     with locked(out):
+        files = find_files(config.corpus)
+        settings = settings_of(config, files)
+        output = TokenFiles(out, settings)
         # Half of one corpus and half of another would look like a corpus, so a second call must ask for the
         # same as the first did.
-        settings = settings_of(config)
-        before = read_json(out / "settings.json") if (out / "settings.json").exists() else settings
-        if changed := [name for name in settings if before.get(name) != settings[name]]:
-            change = f"with {changed[0]} {before.get(changed[0])}, not {settings[changed[0]]}"
-            change = "from other files, or they have changed since" if changed[0] == "corpus" else change
-            raise ValueError(f"{out} was prepared {change}; choose another --out or delete it")
-        if (out / "manifest.json").exists():
+        for name, now in settings.items():
+            if (before := output.state.get(name)) != now:
+                raise ValueError(f"{out} was prepared with another {name.replace('_', ' ')}: {before}, "
+                                 f"not {now}; choose another --out or delete it")
+        if "checksums" in output.state:
             say(f"{out} is prepared already")
         else:
-            write_json(out / "settings.json", settings)
-            files = find_files(config.corpus or [harvest(out, workers)])
+            output.note()
+            files = files or [harvest(out, workers)]
             if not (out / "tokenizer").exists():
                 learn_tokenizer(config, files, workers).save_pretrained(out / ".tokenizer.tmp")
                 os.replace(out / ".tokenizer.tmp", out / "tokenizer")
-            encode_corpus(config, files, workers)
-            finish(out, settings)
-        # Only now, as what is complete needs them no longer; also if a kill came just before this line.
-        for name in ("hashes.bin", "progress.json"):
-            (out / name).unlink(missing_ok=True)
+            encode_corpus(config, files, workers, output)
+            finish(output)
+        # Only now, as what is complete needs it no longer; also if a kill came just before this line.
+        (out / "hashes.bin").unlink(missing_ok=True)
     return out
 
 
-def settings_of(config: PrepareConfig) -> dict[str, Any]:
+def settings_of(config: PrepareConfig, files: list[Path]) -> dict[str, Any]:
     """Returns what the result depends on: calls with equal settings may share work."""
-    corpus = [[os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns]
-              for file in find_files(config.corpus)]
-    tokenizer = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer).fingerprint
-    return {"format_version": FORMAT_VERSION, "corpus": corpus or "documentation",
-            "tokenizer": tokenizer or config.vocab_size, "held_out": config.held_out,
-            "bpe_megabytes": config.bpe_megabytes, "text_field": config.text_field}
-
-
-def text_bytes(files: list[Path]) -> int:
-    """Returns about how much text files hold: packed text is some four times as long as its file."""
-    return max(1, sum(file.stat().st_size * (4 if file.suffix.lower() in OPENERS else 1) for file in files))
+    states = [[os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    corpus = f"{len(files)} files, with their dates {fingerprint_of(states)}" if files else "documentation"
+    given = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer).fingerprint
+    return {"format_version": FORMAT_VERSION, "corpus": corpus, "vocabulary": given or config.vocab_size,
+            "held_out": config.held_out, "bpe_megabytes": config.bpe_megabytes,
+            "text_field": config.text_field}
 
 
 def learn_tokenizer(config: PrepareConfig, files: list[Path], workers: int) -> Tokenizer:
     """Returns the tokenizer asked for, or one trained on the beginning of every block of the corpus."""
     if config.tokenizer is not None:
         return Tokenizer.from_pretrained(config.tokenizer)
-    share = min(1.0, config.bpe_megabytes * 1e6 / text_bytes(files))
-    count = functools.partial(count_sample, share=share, text_field=config.text_field)
-    counts, samples = Counter(), in_order(count, jobs_of(files), workers)
-    for sample, _ in metered(samples, "reading for the tokenizer", text_bytes(files)):
-        counts.update(sample)
-    tokenizer = learn_merges(counts, config.vocab_size)
+    tokenizer = train_bpe(sample_of(config, files), config.vocab_size, workers)
     # There are fewer than asked for where no other pair occurs twice in the corpus.
     say(f"trained a tokenizer of {tokenizer.vocab_size} units, of {config.vocab_size} asked for")
     return tokenizer
 
 
-def count_sample(job: list[Block], share: float, text_field: str) -> tuple[Counter[str], int]:
-    """Returns the pre-tokens in the first `share` of each block, and how many bytes the blocks have."""
-    # The share is taken of every block, not of the first files: the tokenizer is to know all of the corpus.
-    documents = []
-    for block in job:
+def sample_of(config: PrepareConfig, files: list[Path]) -> Iterator[str]:
+    """Yields the documents that the tokenizer is trained on."""
+    # A share is taken of every block, not all of the first files: the tokenizer is to know all of the corpus.
+    share = min(1.0, config.bpe_megabytes * 1e6 / text_bytes(files))
+    for block in (block for job in jobs_of(files, "reading for the tokenizer") for block in job):
         # Up to the end of the line that this share reaches into: a row of .jsonl is only understood whole.
         end = block.content.find(b"\n", int(share * len(block.content))) + 1 or len(block.content)
-        documents += documents_of(block._replace(content=block.content[:end]), text_field, {})
-    return count_pretokens(documents), sum(len(block.content) for block in job)
+        yield from documents_of(block._replace(content=block.content[:end]), config.text_field, {})
 
 
 class Encoded(NamedTuple):
@@ -1202,7 +1175,6 @@ class Encoded(NamedTuple):
     sentences_of_document: np.ndarray
     hashes: np.ndarray  # (documents,) uint64
     left_out: LeftOut
-    size: int  # bytes of text
 
 
 tokenizer_of_worker = functools.lru_cache(1)(Tokenizer.from_pretrained)
@@ -1215,19 +1187,17 @@ def encode_job(job: list[Block], tokenizer: Path, text_field: str) -> Encoded:
     again by their bytes: their borders are borders of pre-tokens, so none lies inside a token.
     """
     bpe, left_out = tokenizer_of_worker(tokenizer), {}
-    ids, sentence_bytes, sentences_of_document, hashes = [np.zeros(0, np.int64)], [], [], []
-    for document in (document for block in job for document in documents_of(block, text_field, left_out)):
-        ids.append(bpe.encode_to_numpy(document))
-        sentences = split_sentences(document)
-        sentence_bytes += map(len, sentences if document.isascii() else (s.encode() for s in sentences))
-        sentences_of_document.append(len(sentences))
-        hashes.append(hashlib.blake2b(document.encode(), digest_size=8).digest())
-    tokens = np.concatenate(ids)
-    token_ends = np.cumsum(bpe.byte_lengths[tokens])  # in bytes of the documents laid end to end
-    sentence_ends = np.searchsorted(token_ends, np.cumsum(sentence_bytes, dtype=np.int64)) + 1  # in tokens
+    documents = [document for block in job for document in documents_of(block, text_field, left_out)]
+    hashes = [hashlib.blake2b(document.encode(), digest_size=8).digest() for document in documents]
+    tokens = np.concatenate([np.zeros(0, np.int64), *map(bpe.encode_to_numpy, documents)])
+    sentences = [split_sentences(document) for document in documents]
+    sentence_bytes = [len(sentence.encode()) for in_document in sentences for sentence in in_document]
+    # Where tokens and sentences end in the documents laid end to end: in bytes; then sentences in tokens.
+    token_ends = np.cumsum(bpe.byte_lengths[tokens])
+    sentence_ends = np.searchsorted(token_ends, np.cumsum(sentence_bytes, dtype=np.int64)) + 1
     return Encoded(tokens.astype(token_dtype(bpe.vocab_size)), np.diff(sentence_ends, prepend=0),
-                   np.array(sentences_of_document, np.int64), np.frombuffer(b"".join(hashes), np.uint64),
-                   left_out, sum(len(block.content) for block in job))
+                   np.array([len(in_document) for in_document in sentences], np.int64),
+                   np.frombuffer(b"".join(hashes), np.uint64), left_out)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -1235,21 +1205,17 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class TokenFiles:
-    """The files of a preparation, appended to. What `note` has not noted was never written."""
+    """The files of a preparation, appended to, and manifest.json, the state of them.
 
-    NAMES = [f"{split}.{kind}.bin" for split in SPLITS for kind in ("tokens", "sentences", "documents")]
-    NAMES += ["hashes.bin"]  # of all documents, to know duplicates by after a restart
+    What `note` has not noted was never written: a start that finds more in a file cuts it off.
+    """
 
-    def __init__(self, out: Path):
-        self.out, self.path = out, out / "progress.json"
-        self.state = {"jobs": 0, "bytes": dict.fromkeys(self.NAMES, 0), "duplicates": 0, "left_out": {}}
-        if self.path.exists():
-            self.state = read_json(self.path)
-        for name, size in self.state["bytes"].items():
-            (out / name).touch()
-            if (out / name).stat().st_size < size:
-                raise ValueError(f"{out / name} was cut since it was written; delete {out} and prepare again")
-            os.truncate(out / name, size)  # what a killed start wrote and did not note
+    def __init__(self, out: Path, settings: dict[str, Any]):
+        self.out, self.path = out, out / "manifest.json"
+        names = [f"{split}.{kind}.bin" for split in SPLITS for kind in ("tokens", "sentences", "documents")]
+        names += ["hashes.bin"]  # of all documents, to know duplicates by after a restart
+        fresh = {"jobs": 0, "bytes": dict.fromkeys(names, 0), "duplicates": 0, "left_out": {}}
+        self.state = read_json(self.path) if self.path.exists() else settings | fresh
 
     def append(self, name: str, array: np.ndarray) -> None:
         with open(self.out / name, "ab") as file:
@@ -1257,91 +1223,75 @@ class TokenFiles:
         self.state["bytes"][name] += array.nbytes
 
     def note(self) -> None:
-        self.state["jobs"] += 1
         write_json(self.path, self.state)
 
 
-def encode_corpus(config: PrepareConfig, files: list[Path], workers: int) -> None:
+def encode_corpus(config: PrepareConfig, files: list[Path], workers: int, output: TokenFiles) -> None:
     """Encodes all that is not yet encoded."""
-    output = TokenFiles(Path(config.out))
+    out, state = output.out, output.state
+    for name, size in state["bytes"].items():
+        (out / name).touch()
+        if (out / name).stat().st_size < size:
+            raise ValueError(f"{out / name} was cut since it was written; delete {out} and prepare again")
+        os.truncate(out / name, size)
     # CHOICE: 1 % is held out, but of a small corpus more, about 1 MB or 5 %: a few documents are no fair
     # sample, and a curve of easy ones would lie below the training curve. A document's hash decides, so the
     # same document in another corpus, or twice in this one, is never on both sides.
     share = config.held_out or min(0.05, max(0.01, 1e6 / text_bytes(files)))
-    seen = set(np.fromfile(output.out / "hashes.bin", np.uint64).tolist())
-    encode = functools.partial(encode_job, tokenizer=output.out / "tokenizer", text_field=config.text_field)
-    jobs = itertools.islice(jobs_of(files), output.state["jobs"], None)
-    for encoded in metered(in_order(encode, jobs, workers), "encoding", text_bytes(files)):
+    seen = set(np.fromfile(out / "hashes.bin", np.uint64).tolist())
+    encode = functools.partial(encode_job, tokenizer=out / "tokenizer", text_field=config.text_field)
+    jobs = itertools.islice(jobs_of(files, "encoding"), state["jobs"], None)
+    for encoded in in_order(encode, jobs, workers):
         for kind, (count, first) in encoded.left_out.items():
             if config.strict:
                 raise ValueError(f"{first}: {kind}; without --strict such a line is left out")
-            output.state["left_out"].setdefault(kind, [0, first])[0] += count
-        destination = choose_splits(encoded.hashes, share, seen)
-        output.state["duplicates"] += int((destination == DUPLICATE).sum())
-        append_splits(output, encoded, destination)
-        output.append("hashes.bin", encoded.hashes)
+            state["left_out"].setdefault(kind, [0, first])[0] += count
+        append_documents(output, encoded, share, seen)
+        state["jobs"] += 1
         output.note()
 
 
-def choose_splits(hashes: np.ndarray, share: float, seen: set[int]) -> np.ndarray:
-    """Returns TRAIN, HELD_OUT or DUPLICATE for each document, and adds their hashes to those `seen`."""
-    destination = np.full(len(hashes), TRAIN)
-    for number, value in enumerate(hashes.tolist()):
-        if value in seen:
-            destination[number] = DUPLICATE
-        # Hashes are uniform below 2^64. The first document always: no corpus is without one held out.
-        elif value < share * 2**64 or not seen:
-            destination[number] = HELD_OUT
+def append_documents(output: TokenFiles, encoded: Encoded, share: float, seen: set[int]) -> None:
+    """Appends a job's documents to the files of their splits, but for those whose hash was `seen` before."""
+    # Hashes are uniform below 2^64. The first document always: no corpus is without one held out.
+    is_held_out = encoded.hashes < share * 2**64
+    is_held_out[:1] |= not seen
+    is_new = np.zeros(len(encoded.hashes), dtype=bool)
+    for number, value in enumerate(encoded.hashes.tolist()):
+        is_new[number] = value not in seen
         seen.add(value)
-    return destination
-
-
-def append_splits(output: TokenFiles, encoded: Encoded, destination: np.ndarray) -> None:
-    """Appends a job's documents to the files of the splits they belong to."""
-    document_of_sentence = np.repeat(np.arange(len(destination)), encoded.sentences_of_document)
-    sentence_of_token = np.repeat(np.arange(len(document_of_sentence)), encoded.tokens_of_sentence)
-    for number, split in enumerate(SPLITS):
-        # Which sentences and tokens go there, and where sentences and documents end in the split's file.
-        has_sentence = (destination == number)[document_of_sentence]
+    output.append("hashes.bin", encoded.hashes)
+    output.state["duplicates"] += int((~is_new).sum())
+    # Which documents, sentences and tokens go to a split ...
+    for split, has_document in zip(SPLITS, (is_new & ~is_held_out, is_new & is_held_out)):
+        has_sentence = np.repeat(has_document, encoded.sentences_of_document)
+        has_token = np.repeat(has_sentence, encoded.tokens_of_sentence)
+        # ... and where these sentences and documents end in the split's file.
         before = output.state["bytes"][f"{split}.tokens.bin"] // encoded.tokens.itemsize
         sentence_ends = before + np.cumsum(encoded.tokens_of_sentence[has_sentence])
-        last_sentence = np.cumsum(encoded.sentences_of_document[destination == number]) - 1
-        output.append(f"{split}.tokens.bin", encoded.tokens[has_sentence[sentence_of_token]])
+        last_sentence = np.cumsum(encoded.sentences_of_document[has_document]) - 1
+        output.append(f"{split}.tokens.bin", encoded.tokens[has_token])
         output.append(f"{split}.sentences.bin", sentence_ends.astype("<i8"))
         output.append(f"{split}.documents.bin", sentence_ends[last_sentence].astype("<i8"))
 
 
-def finish(out: Path, settings: dict[str, Any]) -> None:
-    """Writes manifest.json, last of all: a directory that has one is complete. Says what was found."""
-    state, tokenizer = read_json(out / "progress.json"), Tokenizer.from_pretrained(out / "tokenizer")
+def finish(output: TokenFiles) -> None:
+    """Notes the checksums, last of all: a directory that has them is complete. Says what was found."""
+    out, state = output.out, output.state
     for kind, (count, first) in state["left_out"].items():
         say(f"left out {count:,} lines {kind}, the first: {first}")
     if not all(state["bytes"][f"{split}.tokens.bin"] for split in SPLITS):
         raise ValueError("fewer than 2 different documents, but one is held out; blank lines separate them")
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
     tokens = np.memmap(out / "train.tokens.bin", token_dtype(tokenizer.vocab_size), "r")
     unigram = np.zeros(tokenizer.vocab_size, np.int64)
     for begin in range(0, len(tokens), 1 << 24):
         unigram += np.bincount(tokens[begin : begin + (1 << 24)], minlength=len(unigram))
-    checksums = {name: checksum(out / name) for name in state["bytes"] if name != "hashes.bin"}
+    state |= {"tokenizer": tokenizer.fingerprint, "unigram": unigram.tolist()}
+    state["checksums"] = {name: checksum(out / name) for name in state["bytes"] if name != "hashes.bin"}
     os.sync()  # all of it is on the disk before the file that says so
-    write_json(out / "manifest.json", state | settings | {
-        "tokenizer": tokenizer.fingerprint, "unigram": unigram.tolist(), "checksums": checksums})
+    output.note()
     say(f"{len(tokens):,} tokens to train on, {state['duplicates']:,} duplicates dropped; all is in {out}")
-
-
-def metered(results: Iterable[tuple], what: str, total: int) -> Iterator[tuple]:
-    """Passes results on, of which the last entry is how many bytes of text they are of, and says every five
-    seconds how far it is, how fast, and how long it will take.
-    """
-    done, started = 0, time.monotonic()
-    said = started
-    for result in results:
-        done += result[-1]
-        if (now := time.monotonic()) - said > 5:
-            said, rate = now, done / (now - started)
-            say(f"{what}: {done / 1e6:.0f} of about {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-                f"about {clock(max(0, total - done) / rate)} left")
-        yield result
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1358,13 +1308,14 @@ class Corpus:
 
     def __init__(self, directory: str | Path, split: Literal["train", "heldout"] = "train"):
         self.directory, self.split = Path(directory), split
-        if not (self.directory / "manifest.json").is_file():
+        path = self.directory / "manifest.json"
+        self.manifest = read_json(path) if path.is_file() else {}
+        if "checksums" not in self.manifest:
             raise ValueError(f"{directory}: not prepared, or not to its end; run `data.py prepare` (again)")
-        self.manifest = read_json(self.directory / "manifest.json")
         self.tokenizer = Tokenizer.from_pretrained(self.directory / "tokenizer")
         found = {"tokenizer": self.tokenizer.fingerprint, "format_version": FORMAT_VERSION}
         expected = {name: self.manifest.get(name) for name in found}
-        if found != expected or not {"bytes", "checksums", "unigram"} <= self.manifest.keys():
+        if found != expected:
             raise ValueError(f"{directory}: its tokens are of {expected}, its tokenizer/ and this program "
                              f"are of {found}; delete it and prepare again")
         self.vocab_size = self.tokenizer.vocab_size
@@ -1419,16 +1370,14 @@ def rank_tokens(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict[by
             raise ValueError(f"{token} has id {vocab.get(token)}, for RoBERTa {place}; it is another model's")
     # tiktoken merges the pair whose result has the lowest rank, as GPT-2 takes the merge learned first.
     ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_ORDER)}
-    for left, right in merges:
-        token = bytes(CHAR_TO_BYTE[character] for character in left + right)
+    for pair in merges:
+        token = bytes(CHAR_TO_BYTE[character] for character in "".join(pair))
         ranks.setdefault(token, len(ranks))  # two merges may make the same token
-    # Both files must be of one tokenizer: if half of one is lost, ids still come out, and they are wrong.
-    made = {spell(token) for token in ranks}
-    if missing := sorted(made - vocab.keys()):
-        raise ValueError(f"the merges make {missing[0]!r}, which the {len(vocab)} units lack")
-    known = {*made, *SPECIAL_TOKENS, "<|endoftext|>"}  # the last is GPT-2's, unused here
-    if lost := [token for token in vocab if token not in known and not token.startswith("madeupword")]:
-        raise ValueError(f"no merge makes {lost[0]!r}: merges were cut short, or tokens were added")
+    # Both files must be of one tokenizer: if half of one is lost, ids still come out, and they are wrong. So
+    # beside the specials (and GPT-2's, unused here) there must be the bytes and what merges make, no more.
+    odd = {spell(token) for token in ranks}.symmetric_difference(vocab) - {*SPECIAL_TOKENS, "<|endoftext|>"}
+    if odd := sorted(token for token in odd if not token.startswith("madeupword")):
+        raise ValueError(f"{odd[0]!r} is in vocabulary or merges only: one was cut, or tokens were added")
     return ranks
 
 
@@ -1463,24 +1412,27 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         for names, read in readers.items():
             if all((place / name).is_file() for name in names):
                 try:
-                    check_settings(place)
-                    return Tokenizer(*read(*map(place.joinpath, names)))
+                    vocab, merges = read(*map(place.joinpath, names))
+                    return Tokenizer(vocab | added_tokens(place), merges)
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     raise ValueError(f"{place}: not RoBERTa's: {' and '.join(names)} ({error})") from None
-    expected = "; or ".join(", ".join(names) for names in readers)
-    raise ValueError(f"{directory}: no tokenizer here; it takes {expected}")
+    raise ValueError(f"{directory}: no tokenizer here; it takes tokenizer.json, GPT-2's or fairseq's files")
 
 
-def check_settings(place: Path) -> None:
-    """Raises ValueError for what Hugging Face's settings beside a tokenizer would change."""
+def added_tokens(place: Path) -> dict[str, int]:
+    """Returns the tokens that Hugging Face's settings beside a tokenizer add to it: the specials.
+
+    One that people added would be cut out of the text before the merges see it, which nothing here would do.
+    Raises: ValueError for such a token.
+    """
     path = place / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
     if settings.get("add_prefix_space"):
         raise ValueError("add_prefix_space is not built; take it out, begin each text with a space")
-    # A token that people added is cut out of the text before the merges see it, which nothing here would do.
-    added = {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
-    if others := added - {*SPECIAL_TOKENS, "<|endoftext|>"}:
+    added = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    if others := added.keys() - {*SPECIAL_TOKENS, "<|endoftext|>"}:
         raise ValueError(f"tokens were added, such as {min(others)!r}; only RoBERTa's own are built")
+    return added
 
 
 def read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -1496,11 +1448,8 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str
 
 
 def read_gpt2_tokenizer(vocab: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    pairs = [tuple(line.split()) for line in merges.read_text("utf-8").split("\n") if line.strip()]
-    pairs = pairs[pairs[0][0] == "#version:" :] if pairs else pairs
-    if broken := [pair for pair in pairs if len(pair) != 2]:
-        raise ValueError(f"{merges.name}: a merge has two parts, but a line holds {' '.join(broken[0])!r}")
-    return read_json(vocab), pairs
+    lines = [line for line in merges.read_text("utf-8").split("\n") if line.strip()]
+    return read_json(vocab), [tuple(line.split()) for line in lines if not line.startswith("#version:")]
 
 
 def read_fairseq_tokenizer(encoder: Path, merges: Path, dictionary: Path) -> tuple[dict[str, int], list]:
@@ -1511,8 +1460,6 @@ def read_fairseq_tokenizer(encoder: Path, merges: Path, dictionary: Path) -> tup
     lines = dictionary.read_text("utf-8").removesuffix("\n").split("\n")
     entries = [line.rsplit(" ", 1)[0] for line in lines]
     tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
-    if twice := [token for token, count in Counter(tokens).items() if count > 1 or not token]:
-        raise ValueError(f"{twice[0]!r} stands twice in {dictionary.name}, or is one of fairseq's own")
     return {token: i for i, token in enumerate(tokens)}, pairs
 
 
@@ -1600,16 +1547,16 @@ def locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     # Not through a link: a directory from elsewhere could have one to a file of the user's.
     descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
+    with open(descriptor, "r+", errors="replace") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = file.read(500)
+            raise ValueError(f"{directory} is in use by {holder}; wait, or choose another --out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
         yield
-    except BlockingIOError:
-        holder = os.read(descriptor, 500).decode(errors="replace")
-        raise ValueError(f"{directory} is in use by {holder}; wait, or choose another --out") from None
-    finally:
-        os.close(descriptor)
 
 
 def cores() -> int:
@@ -1620,14 +1567,14 @@ def cores() -> int:
 def made_ahead(pool: Any, function: Callable, jobs: Iterable, ahead: int) -> Iterator:
     """Yields function(job) for every job, in order, from a pool; only a few are taken ahead of time."""
     # Without a bound the pool would take all jobs at once, and a corpus would have to fit into memory.
-    waiting: deque = deque()
+    jobs, waiting = iter(jobs), deque()
     try:
-        for job in jobs:
+        for job in itertools.islice(jobs, ahead):
             waiting.append(pool.submit(function, job))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
         while waiting:
+            # Each result that is taken makes room for one job more.
             yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1642,9 +1589,7 @@ def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
     if workers <= 1:
         yield from map(function, jobs)
         return
-    # fork starts in milliseconds, and what runs here uses no thread of the parent's. Elsewhere it is unsafe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
     try:
         yield from made_ahead(pool, function, jobs, ahead=2 * workers)
     except BrokenExecutor:
@@ -1667,10 +1612,10 @@ def clock(seconds: float) -> str:
     """Returns a duration for people.
 
     >>> clock(75), clock(90000)
-    ('1:15', '1 day, 1:00:00')
+    ('0:01:15', '25:00:00')
     """
-    text = str(datetime.timedelta(seconds=int(seconds)))
-    return text[3:] if text.startswith("0:0") else text.removeprefix("0:")
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def check_flags(config: Any) -> None:
@@ -1691,23 +1636,23 @@ def may_change(config: Any) -> set[str]:
 
 def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
     """Adds a --flag for each field of a config, whose value is the default; flags not given stay absent."""
-    types = typing.get_type_hints(type(config))
+    types = get_type_hints(type(config))
     group = functools.cache(parser.add_argument_group)  # a title's first flag makes the group, others join it
     for field in dataclasses.fields(config):
         kind, default, about = types[field.name], getattr(config, field.name), field.metadata
-        if type(None) in typing.get_args(kind):
-            kind = typing.get_args(kind)[0]  # T | None: the flag takes a T
+        if type(None) in get_args(kind):
+            kind = get_args(kind)[0]  # T | None: the flag takes a T
         text = about["help"] + (f" [{about['source']}]" if about["source"] else "")
         if default not in (None, ()):
             text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
         arguments: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if kind is bool:
             arguments["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is Literal:
-            arguments["choices"] = typing.get_args(kind)
+        elif get_origin(kind) is Literal:
+            arguments["choices"] = get_args(kind)
         else:
-            if typing.get_origin(kind) is tuple:
-                kind, arguments["nargs"] = typing.get_args(kind)[0], "+"
+            if get_origin(kind) is tuple:
+                kind, arguments["nargs"] = get_args(kind)[0], "+"
             arguments |= {"type": kind, "metavar": {int: "N", float: "X", str: "DIR"}[kind]}
         group(about["group"]).add_argument("--" + field.name.replace("_", "-"), **arguments)
 

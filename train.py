@@ -585,7 +585,7 @@ def open_data(config: TrainConfig) -> tuple[Corpus, Batches, Batches, Ranks]:
     --data is taken as it is if it is prepared; else rank 0 prepares its text, and the others wait.
     """
     directory, texts = Path(config.data or "."), (config.data,) if config.data else ()
-    if not (texts and (directory / "settings.json").exists()):
+    if not (texts and (directory / "manifest.json").exists()):
         directory = Path(config.out) / "data"
         if ranks_of_environment()[0] == 0:
             data.prepare(data.PrepareConfig(texts, str(directory), config.vocab_size))

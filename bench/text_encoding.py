@@ -59,7 +59,7 @@ def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
     size, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
     model = RobertaForMaskedLM.from_pretrained(out).to(DEVICE)
     tokenizer = data.Tokenizer.from_pretrained(out)
-    ids = np.concatenate([np.array(ids, np.int64) for ids in tokenizer.encode_batch(changed)])
+    ids = np.concatenate([tokenizer.encode_to_numpy(text) for text in changed])
     nats = len(ids) * masked_loss(model, tokenizer, ids, session.scale.flags["seq_len"])
     return {
         "bits_per_byte": nats / math.log(2) / size,

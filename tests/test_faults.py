@@ -278,4 +278,4 @@ def test_ctrl_c_before_training_is_one_line_and_130(tmp_path, monkeypatch, capsy
         main, call = train.main, command(corpus, out, vocab_size=400)
     errors = ends(main, call, 130, capsys)
     assert errors.startswith("interrupted; the same command goes on") and errors.count("\n") == 1
-    assert data.read_json(next(out.rglob('progress.json')))["jobs"] == 3
+    assert data.read_json(next(out.rglob('manifest.json')))["jobs"] == 3
