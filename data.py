@@ -274,6 +274,8 @@ def merge_pair(pair: str, unit: str, where: list[int], words: list[str], frequen
 class Tokenizer:
     """Byte-level BPE: any string to ids and back, exactly; no unknown token, no normalisation (§4.4).
 
+    (But units that fairseq's dictionary lacks have the id of `<unk>`, as they have there.)
+
     tiktoken applies the merges. It knows a token by its rank, the order in which the merges were learned. The
     published RoBERTa numbers tokens by frequency instead, so one table turns whole arrays of ranks into ids:
     a GPT-2 id is not a RoBERTa id.
@@ -286,13 +288,12 @@ class Tokenizer:
         self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
         # In the order of their ranks: the 256 bytes first, then what each merge makes.
         ranks = rank_tokens(self.vocab, self.merges)
-        self.vocab_size, self.mask_id = len(vocab), vocab["<mask>"]
+        self.vocab_size, self.mask_id = len(set(vocab.values())), vocab["<mask>"]
         self.rank_to_id = np.array([vocab[spell(token)] for token in ranks], dtype=np.int64)
+        self.rank_to_length = np.array([len(token) for token in ranks])  # in bytes
         # For decoding. Ids that no rank leads to, such as the specials, decode to their names.
-        self.id_to_bytes = [name.encode("utf-8") for name in sorted(vocab, key=vocab.get)]
-        for token, index in zip(ranks, self.rank_to_id):
-            self.id_to_bytes[index] = token
-        self.byte_lengths = np.array([len(token) for token in self.id_to_bytes])
+        self.id_to_bytes = {index: name.encode("utf-8") for name, index in vocab.items()}
+        self.id_to_bytes |= {vocab[spell(token)]: token for token in ranks} | {UNK: b"<unk>"}
         # Tokenizers that share a fingerprint give the same ids.
         self.fingerprint = fingerprint_of([sorted(vocab.items(), key=lambda item: item[1]), self.merges])
         # tiktoken is told of no special tokens: a document with the characters "</s>" means these characters.
@@ -304,6 +305,10 @@ class Tokenizer:
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Returns the same as an int64 array, made without a Python object for each token."""
+        return self.encode_with_lengths(text)[0]
+
+    def encode_with_lengths(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of a text, and how many of its bytes each is made of."""
         try:
             ranks = self._bpe.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
@@ -313,16 +318,16 @@ class Tokenizer:
             # last such character begins a pre-token, so the text may be cut before it.
             pieces = re.split(r"(?=\s\S)(?<=\s{1000})", text)
             ranks = np.concatenate([self._bpe.encode_to_numpy(p, disallowed_special=()) for p in pieces])
-        return self.rank_to_id[ranks]
+        return self.rank_to_id[ranks], self.rank_to_length[ranks]
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids of a text, and (T, 2) the characters each token is made of: text[begin:end].
 
         SQuAD needs them: its answers are places in a text. The space before a word is part of its token.
         """
-        ids = self.encode_to_numpy(text)
-        ends = np.cumsum(self.byte_lengths[ids])  # in bytes
-        begins = ends - self.byte_lengths[ids]
+        ids, lengths = self.encode_with_lengths(text)
+        ends = np.cumsum(lengths)  # in bytes
+        begins = ends - lengths
         # In UTF-8 a byte 10xxxxxx goes on with the character before it: counting the others counts
         # characters. A token may be part of a character of several bytes; then it stands for the whole of it.
         data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
@@ -369,21 +374,27 @@ def join(first: Sequence[int] | np.ndarray, second: Sequence[int] | np.ndarray |
 # ----------------------------------------------------------------------------------------------------------
 
 # Where does a sentence end? After . ! or ? with any closing quotes and brackets, if white space follows, and
-# then anything but an ASCII lowercase letter; and at a blank line (unless . ! or ? stands right before it),
-# in front of the last of its white space. "|" marks the cuts, and "/" a line's end:
+# then anything but an ASCII lowercase letter. After a full stop of another script, of which Unicode has a
+# list, also where the next word follows at once, as in Chinese. And at a blank line (unless a stop stands
+# right before it), in front of the last of its white space. "|" marks the cuts, and "/" a line's end:
 #
 #     He left. Then it rained.       He left.| Then it rained.
 #     "Why?" (Really!) So            "Why?"| (Really!)| So
 #     i.e. at 3.5 p.m. it rained     i.e. at 3.5 p.m. it rained
+#     他走了。下雨了。 वह गया। बारिश      他走了。|下雨了。| वह गया।| बारिश
 #     A heading//Its text            A heading/|/Its text
 #
-# Both places are borders of pre-tokens. White space is SPACE, the tokenizer's: Python's \s has four
-# characters more. Every match begins with one of four characters, which the regex engine finds fast; the two
-# patterns say what must stand behind . ! or ?, and behind the end of the line in front of a blank one.
+# All these places are borders of pre-tokens. White space is SPACE, the tokenizer's: Python's \s has four
+# characters more. Every match begins with a character of one class, which the regex engine finds fast; then
+# come the three cases, by what this character was: . ! or ?, another stop, the end of a line.
 SPACE = r"[^\S\x1c-\x1f]"
-AFTER_STOP = rf"""["'”’)\]]*(?={SPACE}+[^\sa-z])"""
-AFTER_LINE = rf"[^\S\n\x1c-\x1f]*(?=\n){SPACE}*(?={SPACE}\S)"  # the first part is SPACE without "\n"
-SENTENCE_END = re.compile(rf"[.!?\n](?:(?<!\n){AFTER_STOP}|(?<=[^.!?]\n){AFTER_LINE})")
+STOPS = "".join(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x80, 0x10000)))))
+CLOSERS = r"""["'”’)\]»›」』】〉》）｣]*"""
+AFTER_STOP = rf"(?<=[.!?]){CLOSERS}(?={SPACE}+[^\sa-z])"
+AFTER_OTHER_STOP = rf"(?<=[{STOPS}]){CLOSERS}(?={SPACE}|[^\W_])"
+AFTER_LINE = rf"(?<=[^.!?{STOPS}]\n)[^\S\n\x1c-\x1f]*(?=\n){SPACE}*(?={SPACE}\S)"
+SENTENCE_END = re.compile(rf"[.!?\n{STOPS}](?:{AFTER_STOP}|{AFTER_OTHER_STOP}|{AFTER_LINE})")
+LONG_STRETCH, SHORT_PIECE = 600, 64  # bytes
 
 InputFormat = Literal["full-sentences", "doc-sentences", "segment-pair", "sentence-pair"]
 PAIR_FORMATS = ("segment-pair", "sentence-pair")
@@ -394,16 +405,38 @@ def split_sentences(document: str) -> list[str]:
     """Returns the document's sentences. Joined they are the document; each boundary is a pre-token's, too.
 
     CHOICE: the paper packs "full sentences" without saying how they are found. This rule also cuts after
-    "Mr.", which costs a boundary and no token.
+    "Mr.", which costs a boundary and no token. Thai marks no ends, and many a table has none: what is longer
+    than any usual sentence is cut into short pieces, for in large ones it would leave sequences half empty.
 
     >>> split_sentences('He left. "Why?" she asked. At 3.5 it rained.')
     ['He left.', ' "Why?" she asked.', ' At 3.5 it rained.']
+    >>> split_sentences("他走了。下雨了。"), len(split_sentences("ten words " * 100))
+    (['他走了。', '下雨了。'], 16)
     """
     # At the end, blank lines lead to no text. (The pattern would look for some from each of them: a million
     # would take hours.)
     matches = SENTENCE_END.finditer(document, 0, len(document.rstrip()))
     bounds = [0, *(match.end() for match in matches), len(document)]
-    return [document[a:b] for a, b in zip(bounds, bounds[1:]) if a < b]
+    sentences = []
+    for begin, end in zip(bounds, bounds[1:]):
+        stretch = document[begin:end]
+        if 4 * len(stretch) > LONG_STRETCH and len(stretch.encode()) > LONG_STRETCH:
+            sentences += cut_stretch(stretch)
+        elif stretch:
+            sentences.append(stretch)
+    return sentences
+
+
+def cut_stretch(stretch: str) -> list[str]:
+    """Returns a text in pieces of about SHORT_PIECE bytes, cut at borders of pre-tokens."""
+    pieces, size = [[]], 0
+    for pretoken in regex.findall(PRETOKEN, stretch):
+        if size >= SHORT_PIECE:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(pretoken)
+        size += len(pretoken.encode())
+    return ["".join(piece) for piece in pieces]
 
 
 def room_for_text(seq_len: int, input_format: InputFormat) -> int:
@@ -572,13 +605,18 @@ def pair_up(document: np.ndarray, seed: int, epoch: int) -> Pairs:
     # in every epoch.)
     first = np.flatnonzero((np.arange(count) - document_begin) % 2 == 0)
     has_next = first + 1 < document_end[first]
-    if not has_next.any() or document_end[0] == count:
-        raise ValueError("next-sentence prediction needs two documents, one of two segments; here are "
-                         f"{document[-1] + 1} of at most {np.bincount(document).max()}; try full-sentences")
+    if 10 * has_next.sum() < len(first) or document_end[0] == count:
+        raise ValueError("next-sentence prediction needs documents of two segments, but the "
+                         f"{document[-1] + 1:,} here have {has_next.sum():,} such pairs; try full-sentences")
 
     # Half of all pairs are to be real ones (§2). A document's last segment may have none after it and can
-    # only be a negative, so the others stay together more often than every second time. (Where most documents
-    # have a single segment even all of the others are fewer than half.)
+    # only be a negative, so the others stay together more often than every second time. And where most
+    # documents have a single segment, only as many of these are fed, drawn anew each epoch, as there are
+    # others: else a model would be right by always answering no.
+    lone = ~has_next
+    share = has_next.sum() / max(1, lone.sum())
+    is_fed = has_next | (uniform(seed, PAIR_LONE, epoch, first) < share)
+    first, has_next = first[is_fed], has_next[is_fed]
     chance = 0.5 * len(first) / has_next.sum()
     follows = has_next & (uniform(seed, PAIR_COIN, epoch, first) < chance)
 
@@ -595,7 +633,7 @@ def pair_up(document: np.ndarray, seed: int, epoch: int) -> Pairs:
 # ----------------------------------------------------------------------------------------------------------
 
 # The second key, after the seed, says what a draw is for, so that no two purposes share draws.
-ORDER, MASK_WHICH, MASK_FATE, MASK_OTHER, PAIR_COIN, PAIR_OTHER, DROPOUT = range(7)
+ORDER, MASK_WHICH, MASK_FATE, MASK_OTHER, PAIR_COIN, PAIR_OTHER, DROPOUT, PAIR_LONE = range(8)
 
 
 def draw(*keys: int | np.ndarray) -> np.ndarray:
@@ -885,9 +923,14 @@ class Batches:
 # ----------------------------------------------------------------------------------------------------------
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-TEXT_FILE = re.compile(r"\.(txt|jsonl)(\.gz|\.xz|\.bz2)?$", re.IGNORECASE)
+# In a folder, files with these endings are taken: rows of JSON, and text.
+ROW_ENDINGS, TEXT_ENDINGS = {".jsonl", ".ndjson", ".json"}, {"", ".txt", ".text", ".md"}
+# What holds no plain text is refused by name: its markup or its bytes would be learned as if they were text.
+NOT_READ = {*".csv .tsv .parquet .arrow .html .htm .xml .pdf .epub .docx .zip .tar .zst .7z .npy".split()}
+CONVERT = """make it .jsonl, as with pandas: read_csv("F").to_json("F.jsonl", orient="records", lines=True)"""
 BLOCK_BYTES = 8 << 20  # what a worker gets at once
 MAX_ROW_BYTES = 32 << 20  # a row of .jsonl has to be held whole to be understood
+MAX_WHOLE_BYTES = 1 << 30  # and so has a .json list, or a file that is one document
 MAX_DOCUMENT = 100_000  # characters after which a text without blank lines is cut, at a line's end or a space
 
 
@@ -897,20 +940,29 @@ class Block(NamedTuple):
     path: Path
     line: int  # how many lines of the file are before it
     content: bytes
+    kind: str = "text"  # or "rows": a line is a row of JSON
     damage: str = ""  # why no more of the file could be read
 
 
+DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)  # of packed files; bz2's is an OSError
 LeftOut = dict[str, list]  # what is no text: kind of reason -> [how many lines, where the first is]
 
 
-def is_jsonl(path: Path) -> bool:
-    return ".jsonl" in [suffix.lower() for suffix in path.suffixes[-2:]]  # the last may be .gz
+def ending(path: Path) -> str:
+    """Returns a file's ending, which says what it holds: in small letters, that of packing apart.
+
+    >>> ending(Path("Wiki.JSONL.gz")), ending(Path("wiki_00"))
+    ('.jsonl', '')
+    """
+    path = Path(path.name.lower())
+    return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
 
 
 def find_files(corpus: Iterable[str | Path]) -> list[Path]:
     """Returns the files of a corpus, those of a directory in the order of their names.
 
-    Raises: ValueError where a path is missing or a directory holds no text.
+    A file that is named is read if it can hold text. Of a directory only those are that look like text by
+    their endings; how many others it has is said. Raises: ValueError where there is nothing to read.
     """
     def stop_at(error: OSError) -> None:
         raise error  # a directory that can't be read would be passed over
@@ -919,53 +971,104 @@ def find_files(corpus: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, corpus):
         if not path.exists():
             raise ValueError(f"{path}: no such file or directory")
-        found = [path]
-        if path.is_dir():
-            walk = os.walk(path, onerror=stop_at)
-            names = [Path(place, name) for place, _, names in walk for name in names]
-            found = sorted(name for name in names if TEXT_FILE.search(name.name))
+        if path.is_file():
+            if ending(path) in NOT_READ:
+                raise ValueError(f"{path}: {ending(path)} is not read; {CONVERT}")
+            files.append(path)
+            continue
+        walk = os.walk(path, onerror=stop_at)
+        every = sorted(Path(place, name) for place, _, names in walk for name in names)
+        seen = [file for file in every if not any(part[0] == "." for part in file.relative_to(path).parts)]
+        found = [file for file in seen if ending(file) in ROW_ENDINGS | TEXT_ENDINGS]
+        others = Counter(map(ending, seen)) - Counter(map(ending, found))
+        passed_over = ", ".join(f"{count:,} {name}" for name, count in others.most_common())
         if not found:
-            raise ValueError(f"{path}: no text; files must end in .txt or .jsonl, also with .gz, .xz or .bz2")
+            raise ValueError(f"{path}: no text (.txt, .md, .jsonl, .json, also .gz, .xz, .bz2) but "
+                             f"{passed_over or 'nothing'}; {CONVERT}")
+        if passed_over:
+            say(f"{path}: passed over {passed_over}; {CONVERT}")
         files += found
     return files
 
 
-def read_blocks(path: Path) -> Iterator[Block]:
+def opened(path: Path) -> Any:
+    """Returns a file to read, unpacked."""
+    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
+
+
+def kind_of(path: Path) -> str:
+    """Returns what a file holds: "list" (one of JSON), "rows" (a JSON object a line) or "text"."""
+    # By its look, and else by its name: WikiExtractor's wiki_00 has rows, too.
+    with contextlib.suppress(*DAMAGE), opened(path) as file:
+        start = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start.startswith(b'{"'):
+            return "rows"
+        if start.startswith(b"[") and ending(path) == ".json":
+            return "list"
+    return "rows" if ending(path) in ROW_ENDINGS else "text"
+
+
+def read_blocks(path: Path, documents: str = "blank-line") -> Iterator[Block]:
     """Yields a file, unpacked, in blocks of some 8 MB that can be understood apart, whatever its size."""
+    kind = kind_of(path)
+    if kind == "list" or (kind == "text" and documents == "file"):
+        yield whole_file(path, kind)
+        return
     line, rest, damage, is_last = 0, b"", "", False
-    borders = [b"\n"] if is_jsonl(path) else [b"\n\n", b"\n\r\n", b"\n", b" "]
-    with OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+    is_lines = kind == "rows" or documents == "line"
+    borders = [b"\n"] if is_lines else [b"\n\n", b"\n\r\n", b"\n", b" "]
+    with opened(path) as file:
         while not is_last:
             try:
                 content = rest + file.read(BLOCK_BYTES - len(rest))
-                if is_jsonl(path) and b"\n" not in content:
+                if is_lines and b"\n" not in content:
                     content += file.readline(MAX_ROW_BYTES)
-            except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            except DAMAGE as error:
                 content, damage = rest, str(error)
             # Cut behind the last blank line, so that no document is torn; else behind a line; else behind a
             # space (a "line" of gigabytes is none). What follows the cut begins the next block.
             is_last = len(content) < BLOCK_BYTES
             cuts = [content.rfind(border) + len(border) for border in borders if border in content]
             cut = len(content) if is_last or not cuts else cuts[0]
-            yield Block(path, line, content[:cut], damage)
+            yield Block(path, line, content[:cut], kind, damage)
             line += content.count(b"\n", 0, cut)
             rest = content[cut:]
 
 
-def jobs_of(files: list[Path], what: str) -> Iterator[list[Block]]:
+def whole_file(path: Path, kind: str) -> Block:
+    """Returns the one block of a file that can't be cut: a document, or a list, which becomes rows.
+
+    Raises: ValueError where it is too large for that, or a list that is damaged.
+    """
+    with opened(path) as file:
+        try:
+            content, damage = file.read(MAX_WHOLE_BYTES + 1), ""
+        except DAMAGE as error:
+            content, damage = b"", str(error)
+    if len(content) > MAX_WHOLE_BYTES:
+        raise ValueError(f"{path}: over {MAX_WHOLE_BYTES >> 20} MB, too much for one piece; split it")
+    if kind == "list" and content:
+        try:
+            content = "\n".join(map(json.dumps, json.loads(content))).encode()
+        except (ValueError, RecursionError, TypeError) as error:
+            raise ValueError(f"{path}: damaged, not a list of JSON ({error})") from None
+    return Block(path, 0, content, "text" if kind == "text" else "rows", damage)
+
+
+def jobs_of(files: list[Path], config: PrepareConfig, what: str) -> Iterator[list[Block]]:
     """Yields the blocks of the files in jobs of some 8 MB: a thousand small files become one job.
 
     It says at every percent how far the reading is.
     """
-    job, size, done, said = [], 0, 0, 0
-    for block in (block for file in files for block in read_blocks(file)):
+    job, size, done, said, total = [], 0, 0, 0, text_bytes(files)
+    for block in (block for file in files for block in read_blocks(file, config.documents)):
         if job and size + len(block.content) > BLOCK_BYTES:
             yield job
             job, size = [], 0
         job.append(block)
         size += len(block.content)
         done += len(block.content)
-        percent = min(100, 100 * done // text_bytes(files))
+        percent = min(100, 100 * done // total)
         if percent > said:
             say(f"{what}: {percent} %")
             said = percent
@@ -977,45 +1080,54 @@ def text_bytes(files: list[Path]) -> int:
     return max(1, sum(file.stat().st_size * (4 if file.suffix.lower() in OPENERS else 1) for file in files))
 
 
-def documents_of(block: Block, text_field: str, left_out: LeftOut) -> Iterator[str]:
-    """Yields the documents of a block. In `.jsonl` each line has one, in a field. In text, blank lines
-    separate them, and what is longer than MAX_DOCUMENT without a blank line is cut.
+def documents_of(block: Block, config: PrepareConfig, left_out: LeftOut) -> Iterator[str]:
+    """Yields the documents of a block: the rows of JSON have one each, in a field; text as `documents` says.
+    What is longer than MAX_DOCUMENT without a blank line is cut.
     """
-    is_rows, texts = is_jsonl(block.path), []
+    is_rows, texts, where = block.kind == "rows", [], f"{block.path}"
     for number, raw in enumerate(block.content.split(b"\n"), block.line + 1):
         where = f"{block.path}: line {number}"
-        kind, advice = "not UTF-8 text", "convert it, as with iconv -f LATIN1 -t UTF-8"
+        reason, advice = "not UTF-8 text", "convert it, as with iconv -f LATIN1 -t UTF-8"
         try:
             # A file from Windows may begin with a mark, U+FEFF, that is no text, and has \r before each \n.
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
             if "\0" in text:
                 raise ValueError("a NUL character; is the file binary, or UTF-16?")
             if is_rows and text.strip():
-                kind, advice = f"without a text in the field {text_field!r}", "--text-field names another"
-                text = json.loads(text)[text_field]
-                text.encode()  # raises for half a surrogate pair, which JSON can spell, and for no string
+                reason, advice = f"without a text in the field {config.text_field!r}", "see --text-field"
+                text = text_of_row(json.loads(text), config.text_field)
             texts.append(text)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            # Here `kind` says how far it came.
-            first = f"{where}, which begins {raw[:80]!r} ({type(error).__name__} {error}); {advice}"
-            left_out.setdefault(kind, [0, first])[0] += 1
+        except (ValueError, RecursionError) as error:
+            # `reason` says how far it came.
+            first = f"{where}, which begins {raw[:80]!r} ({error}); {advice}"
+            left_out.setdefault(reason, [0, first])[0] += 1
     if block.damage:
         first = f"{where} and the rest ({block.damage})"
         left_out.setdefault("behind damage in a packed file", [0, first])[0] += 1
-    if not is_rows:
+    if not is_rows and config.documents != "line":
         lines = [line if line.strip() else "" for line in texts]
-        texts = re.split("\n\n+", "\n".join(lines).strip("\n"))
+        whole = "\n".join(lines).strip("\n")
+        texts = [whole] if config.documents == "file" else re.split("\n\n+", whole)
     for text in texts:
-        # Text without blank lines, such as a book's, would be one endless document. (A row of .jsonl is what
-        # its maker takes for one.) A cut at a line's end drops that end; at a space, where a line is too
-        # long, it drops nothing.
-        while len(text) > MAX_DOCUMENT and not is_rows:
+        # Text without blank lines, such as a book's, would be one endless document. (A row, a line or a file
+        # is what its maker takes for one.) A cut at a line's end drops that end; at a space, where a line is
+        # too long, it drops nothing.
+        while len(text) > MAX_DOCUMENT and not is_rows and config.documents == "blank-line":
             line_end = text.rfind("\n", 1, MAX_DOCUMENT + 1)
             end = line_end if line_end > 0 else text.rfind(" ", 0, MAX_DOCUMENT) + 1 or MAX_DOCUMENT
             yield text[:end]
             text = text[end:].removeprefix("\n")
         if text.strip():
             yield text
+
+
+def text_of_row(row: Any, text_field: str) -> str:
+    """Returns a row's text: the row itself, or a field of it. Raises: ValueError naming the fields it has."""
+    text = row.get(text_field) if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        raise ValueError(f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is no object")
+    text.encode()  # raises for half a surrogate pair, which JSON can spell
+    return text
 
 
 # A first run needs nothing but the machine: these are packages that the requirements bring along.
@@ -1094,6 +1206,7 @@ class PrepareConfig:
     # By their hash; where none is given, `encode_corpus` takes 0.01, of less than 100 MB of text up to 0.05.
     held_out: float | None = flag(None, "share to evaluate on; none: 0.01 to 0.05", low=1e-9, high=0.999)
     bpe_megabytes: int = flag(100, "MB of text, spread over the corpus, to train the tokenizer on", low=1)
+    documents: Literal["blank-line", "file", "line"] = flag("blank-line", "what parts documents")
     text_field: str = flag("text", "field of a .jsonl row that holds its text")
     strict: bool = flag(False, "stop at a line that is no text, instead of leaving it out")
 
@@ -1144,7 +1257,7 @@ def settings_of(config: PrepareConfig, files: list[Path]) -> dict[str, Any]:
     given = config.tokenizer and Tokenizer.from_pretrained(config.tokenizer).fingerprint
     return {"format_version": FORMAT_VERSION, "corpus": corpus, "vocabulary": given or config.vocab_size,
             "held_out": config.held_out, "bpe_megabytes": config.bpe_megabytes,
-            "text_field": config.text_field}
+            "documents": config.documents, "text_field": config.text_field}
 
 
 def learn_tokenizer(config: PrepareConfig, files: list[Path], workers: int) -> Tokenizer:
@@ -1161,10 +1274,10 @@ def sample_of(config: PrepareConfig, files: list[Path]) -> Iterator[str]:
     """Yields the documents that the tokenizer is trained on."""
     # A share is taken of every block, not all of the first files: the tokenizer is to know all of the corpus.
     share = min(1.0, config.bpe_megabytes * 1e6 / text_bytes(files))
-    for block in (block for job in jobs_of(files, "reading for the tokenizer") for block in job):
+    for block in (block for job in jobs_of(files, config, "reading for the tokenizer") for block in job):
         # Up to the end of the line that this share reaches into: a row of .jsonl is only understood whole.
         end = block.content.find(b"\n", int(share * len(block.content))) + 1 or len(block.content)
-        yield from documents_of(block._replace(content=block.content[:end]), config.text_field, {})
+        yield from documents_of(block._replace(content=block.content[:end]), config, {})
 
 
 class Encoded(NamedTuple):
@@ -1180,21 +1293,21 @@ class Encoded(NamedTuple):
 tokenizer_of_worker = functools.lru_cache(1)(Tokenizer.from_pretrained)
 
 
-def encode_job(job: list[Block], tokenizer: Path, text_field: str) -> Encoded:
+def encode_job(job: list[Block], tokenizer: Path, config: PrepareConfig) -> Encoded:
     """Returns the tokens of some blocks.
 
     A document is encoded in one call, which is faster than a call for each sentence. Sentences are found
     again by their bytes: their borders are borders of pre-tokens, so none lies inside a token.
     """
     bpe, left_out = tokenizer_of_worker(tokenizer), {}
-    documents = [document for block in job for document in documents_of(block, text_field, left_out)]
+    documents = [document for block in job for document in documents_of(block, config, left_out)]
     hashes = [hashlib.blake2b(document.encode(), digest_size=8).digest() for document in documents]
-    tokens = np.concatenate([np.zeros(0, np.int64), *map(bpe.encode_to_numpy, documents)])
+    encoded = [(np.zeros(0, np.int64),) * 2, *map(bpe.encode_with_lengths, documents)]
+    tokens, lengths = map(np.concatenate, zip(*encoded))
     sentences = [split_sentences(document) for document in documents]
     sentence_bytes = [len(sentence.encode()) for in_document in sentences for sentence in in_document]
     # Where tokens and sentences end in the documents laid end to end: in bytes; then sentences in tokens.
-    token_ends = np.cumsum(bpe.byte_lengths[tokens])
-    sentence_ends = np.searchsorted(token_ends, np.cumsum(sentence_bytes, dtype=np.int64)) + 1
+    sentence_ends = np.searchsorted(np.cumsum(lengths), np.cumsum(sentence_bytes, dtype=np.int64)) + 1
     return Encoded(tokens.astype(token_dtype(bpe.vocab_size)), np.diff(sentence_ends, prepend=0),
                    np.array([len(in_document) for in_document in sentences], np.int64),
                    np.frombuffer(b"".join(hashes), np.uint64), left_out)
@@ -1239,8 +1352,8 @@ def encode_corpus(config: PrepareConfig, files: list[Path], workers: int, output
     # same document in another corpus, or twice in this one, is never on both sides.
     share = config.held_out or min(0.05, max(0.01, 1e6 / text_bytes(files)))
     seen = set(np.fromfile(out / "hashes.bin", np.uint64).tolist())
-    encode = functools.partial(encode_job, tokenizer=out / "tokenizer", text_field=config.text_field)
-    jobs = itertools.islice(jobs_of(files, "encoding"), state["jobs"], None)
+    encode = functools.partial(encode_job, tokenizer=out / "tokenizer", config=config)
+    jobs = itertools.islice(jobs_of(files, config, "encoding"), state["jobs"], None)
     for encoded in in_order(encode, jobs, workers):
         for kind, (count, first) in encoded.left_out.items():
             if config.strict:
@@ -1361,10 +1474,11 @@ def rank_tokens(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict[by
 
     Raises: ValueError where the specials are not at RoBERTa's places, or vocabulary and merges disagree.
     """
-    if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"the ids of {len(vocab)} tokens must be 0 to {len(vocab) - 1}, each once")
+    ids = [index for token, index in vocab.items() if index != UNK or token == "<unk>"]
+    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
+        raise ValueError(f"the ids of {len(ids)} tokens must be 0 to {len(ids) - 1}, each once")
     # The mask is the last unit of the published models, and the fifth where people list five specials first.
-    mask_id = 4 if vocab.get("<mask>") == 4 else len(vocab) - 1
+    mask_id = 4 if vocab.get("<mask>") == 4 else len(ids) - 1
     for token, place in zip(SPECIAL_TOKENS, (BOS, PAD, EOS, UNK, mask_id)):
         if vocab.get(token) != place:
             raise ValueError(f"{token} has id {vocab.get(token)}, for RoBERTa {place}; it is another model's")
@@ -1460,7 +1574,13 @@ def read_fairseq_tokenizer(encoder: Path, merges: Path, dictionary: Path) -> tup
     lines = dictionary.read_text("utf-8").removesuffix("\n").split("\n")
     entries = [line.rsplit(" ", 1)[0] for line in lines]
     tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
-    return {token: i for i, token in enumerate(tokens)}, pairs
+    if len(tokens) != len(set(tokens)):
+        raise ValueError(f"{dictionary.name} has a unit twice: its ids cannot be told")
+    # A dictionary made of a small corpus lacks what never occurred in it.
+    lacking = {*BYTE_CHARS, *map("".join, pairs)} - {*tokens}
+    if lacking:
+        say_once(f"{len(lacking):,} units that merges make are not in {dictionary.name}: they become <unk>")
+    return dict.fromkeys(sorted(lacking), UNK) | {token: i for i, token in enumerate(tokens)}, pairs
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1472,6 +1592,9 @@ def say(message: str) -> None:
     """Prints for the person watching, once however many ranks there are."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, flush=True)
+
+
+say_once = functools.cache(say)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from helpers import ROOT, contents, ends, make_documents, run, write_corpus
 import data
 
 FORMATS = data.get_args(data.InputFormat)
+CONFIG = data.PrepareConfig()
 
 
 def flags(corpus, out, **changes):
@@ -38,7 +39,7 @@ def arguments(corpus, out, *more):
 
 def documents(path, left_out):
     blocks = data.read_blocks(path)
-    return [document for block in blocks for document in data.documents_of(block, "text", left_out)]
+    return [document for block in blocks for document in data.documents_of(block, CONFIG, left_out)]
 
 
 def documents_of(out):
@@ -117,6 +118,73 @@ def test_unusable_lines_are_left_out_counted_and_named(tmp_path, monkeypatch, ca
     strict = dataclasses.replace(config, out=str(tmp_path / "strict"), strict=True)
     with pytest.raises(ValueError, match="^[^\n]*corpus/a.jsonl: line 4[^\n]*--strict[^\n]*$"):
         data.prepare(strict)
+
+
+def test_files_are_read_by_ending_or_look_and_the_rest_is_counted(tmp_path, capsys):
+    for name, content in {
+        "A.TXT": "one", "book.md": "two", "no_ending": "three",
+        "wiki_00": '{"text": "four"}\n{"text": "five"}',
+        "b.JSONL.GZ": gzip.compress(b'{"text": "six"}'), "list.json": '[{"text": "seven"},\n"eight"]',
+        "rows.json": '{"text": "nine"}\n', "more.ndjson": '{"text": "ten"}', ".hidden": "no",
+        "t.csv": "a,b", "u.csv": "a,b", "v.parquet": "PAR1", "w.pdf": "%PDF",
+    }.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    files = data.find_files([tmp_path])
+    found = Counter(document for path in files for document in documents(path, {}))
+    assert found == Counter("one two three four five six seven eight nine ten".split())
+    assert "passed over 2 .csv, 1 .parquet, 1 .pdf; make it .jsonl, as with pandas" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="t.csv: .csv is not read; make it .jsonl"):
+        data.find_files([tmp_path / "t.csv"])
+    (tmp_path / "list.json").write_text('[{"text": "cut"')
+    with pytest.raises(ValueError, match="list.json: damaged, not a list of JSON"):
+        documents(tmp_path / "list.json", {})
+    left_out = {}
+    (tmp_path / "wiki_00").write_text('{"title": "x", "body": "y"}')
+    assert documents(tmp_path / "wiki_00", left_out) == []
+    assert "(its fields are title, body); see --text-field" in str(left_out)
+
+
+def test_a_document_is_what_parts_of_blank_lines_a_line_or_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(data, "MAX_DOCUMENT", 1000)
+    books = ["\n\n".join(make_documents(30, seed)) for seed in range(5)]
+    for number, book in enumerate(books):
+        (tmp_path / f"{number}.txt").write_text(book)
+
+    def prepared_as(kind, out):
+        found = documents_of(data.prepare(flags(tmp_path, tmp_path / out, documents=kind)))
+        assert found["train"] and found["heldout"] and not set(found["train"]) & set(found["heldout"])
+        return Counter(sum(found.values(), []))
+
+    whole = prepared_as("file", ".whole")
+    assert whole == Counter(books)
+    assert prepared_as("line", ".lines") == Counter(filter(None, "\n\n".join(books).split("\n")))
+    assert len(prepared_as("blank-line", ".parts")) >= 5 * 30  # the longest are cut
+    with pytest.raises(ValueError, match="another documents: file, not line"):
+        prepared_as("line", ".whole")
+
+
+LANGUAGES = {
+    "Chinese": "今天下雨了。|我们在家里看书。|你去哪儿？|他说：“好。”|火车晚点了！|山上有房子。",
+    "Japanese": "今日は雨が降った。|家で本を読みます。|どこへ行きますか？|「はい。」|電車が遅れた！",
+    "Hindi": "आज बारिश हुई।| हम घर पर किताब पढ़ते हैं।| तुम कहाँ जा रहे हो?| गाड़ी देर से आई।| बच्चों को सेब पसंद हैं।",
+    "Arabic": " نزل المطر اليوم.| نقرأ الكتب في البيت.| إلى أين تذهب؟| تأخر القطار.| يحب الأطفال التفاح.",
+    "Burmese": "ဒီနေ့ မိုးရွာတယ်။| အိမ်မှာ စာဖတ်တယ်။| ဘယ်သွားမလဲ။| ရထား နောက်ကျတယ်။| ကလေးတွေ ပန်းသီး ကြိုက်တယ်။",
+    "Thai": "วันนี้ฝนตก |เราอ่านหนังสือที่บ้าน |คุณจะไปไหน |รถไฟมาสาย |เด็กๆ ชอบแอปเปิล |มีบ้านเล็กๆ บนภูเขา ",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_sequences_are_full_in_any_script(tmp_path, language):
+    sentences, rng = LANGUAGES[language].split("|"), np.random.default_rng(0)
+    texts = ["".join(rng.choice(sentences, 60)) for _ in range(60)]
+    if language not in ("Arabic", "Thai"):  # ASCII's stops want a space; Thai has none
+        assert sum(map(len, map(data.split_sentences, texts))) >= 0.8 * 60 * 60
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    corpus = data.Corpus(data.prepare(flags(tmp_path / "corpus", tmp_path / "out", vocab_size=300)))
+    lengths = data.Sequences(corpus, "full-sentences", 512).lengths(None)
+    assert (lengths[:-1].mean() + 2) / 512 >= 0.92
 
 
 def test_docstrings_are_read_and_never_run(tmp_path):
@@ -206,7 +274,7 @@ def test_sentences_are_borders_of_tokens(tokenizer, monkeypatch):
         assert "".join(data.split_sentences(text)) == text and sum(apart, []) == tokenizer.encode(text)
     rows = "\n".join(json.dumps({"text": text}) for text in texts).encode()
     monkeypatch.setattr(data, "tokenizer_of_worker", lambda _: tokenizer)
-    encoded = data.encode_job([data.Block(Path("a.jsonl"), 0, rows, "")], Path("."), "text")
+    encoded = data.encode_job([data.Block(Path("a"), 0, rows, "rows")], Path("."), CONFIG)
     sentences = [sentence for text in texts if text.strip() for sentence in data.split_sentences(text)]
     assert encoded.tokens_of_sentence.tolist() == [len(tokenizer.encode(sentence)) for sentence in sentences]
 
@@ -249,8 +317,30 @@ def test_fairseqs_files_open_through_the_dictionary(tmp_path):
     assert tokenizer.encode("aaa") == [4, 5] and tokenizer.mask_id == 4 + 257 + 1
     assert tokenizer.decode([4, 5]) == "aaa"
     (tmp_path / "dict.txt").write_text(lines + f"{aa} 1\n")
-    with pytest.raises(ValueError, match="dict.txt .the ids of .* each once"):
+    with pytest.raises(ValueError, match="dict.txt has a unit twice"):
         data.Tokenizer.from_pretrained(tmp_path)
+
+
+def test_units_that_fairseqs_dictionary_lacks_are_unk_and_stay_so(tokenizer, tmp_path, capsys):
+    """A small corpus lacks some. Such tokens are read, masked and predicted as <unk>."""
+    units = {data.spell(bytes([b])): i for i, b in enumerate(data.BYTE_ORDER)}
+    (tmp_path / "encoder.json").write_text(json.dumps(units | {"he": 256, "the": 257}))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nh e\nt he\n", encoding="utf-8")
+    (tmp_path / "dict.txt").write_text("".join(f"{i} 1\n" for unit, i in units.items() if unit not in "fwxé"))
+    tokenizer = data.Tokenizer.from_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    data.Tokenizer.from_pretrained(tmp_path)
+    assert capsys.readouterr().out.count("6 units that merges make are not in dict.txt") == 1
+    for opened in (tokenizer, data.Tokenizer.from_pretrained(tmp_path / "saved")):
+        assert opened.decode(opened.encode("a the box")) == "a <unk> bo<unk>" and opened.mask_id == 256
+        assert [text.tolist() for text in opened.encode_with_offsets("the x")[1]] == [[0, 3], [3, 4], [4, 5]]
+    corpus = write_corpus(tmp_path / "corpus")
+    out = data.prepare(flags(corpus, tmp_path / "out", tokenizer=str(tmp_path / "saved")))
+    batches = data.Batches(data.Sequences(data.Corpus(out), "full-sentences", 64), 8, 4, seed=0)
+    for step in map(batches.step, range(5)):
+        labels = np.concatenate([batch.labels for batch in step.batches])
+        assert step.num_predictions == (labels != data.NOT_PREDICTED).sum()
+        assert (labels == data.UNK).any()
 
 
 def test_bad_tokenizer_files_are_refused_by_name(tokenizer, tmp_path):
@@ -477,7 +567,15 @@ def test_half_of_the_pairs_are_negatives_from_other_documents(prepared, input_fo
     assert abs(np.mean(shares) - 0.5) < 5 * (0.25 / (10 * len(every_other))) ** 0.5 and len(pairings) == 10
 
 
-@pytest.mark.parametrize("document", [[0, 1, 2, 3], [0, 0, 0, 0]])
+def test_half_are_positives_where_most_documents_have_one_segment():
+    document = np.repeat(np.arange(1000), [2] * 300 + [1] * 700)
+    pairings = [data.pair_up(document, 0, epoch) for epoch in range(10)]
+    assert all(280 <= (pairs.is_random == 0).sum() <= 300 for pairs in pairings)
+    assert abs(np.mean([pairs.is_random.mean() for pairs in pairings]) - 0.5) < 0.02
+    assert {number for pairs in pairings for number in pairs.first} >= {*range(0, 600, 2), *range(600, 1300)}
+
+
+@pytest.mark.parametrize("document", [[0, 1, 2, 3], [0, 0, 0, 0], [0, 0, *range(1, 100)]])
 def test_pairs_without_a_question_are_refused(document):
     with pytest.raises(ValueError, match="next-sentence prediction needs .*full-sentences"):
         data.pair_up(np.array(document), 0, 0)
