@@ -572,7 +572,7 @@ def test_half_are_positives_where_most_documents_have_one_segment():
     pairings = [data.pair_up(document, 0, epoch) for epoch in range(10)]
     assert all(280 <= (pairs.is_random == 0).sum() <= 300 for pairs in pairings)
     assert abs(np.mean([pairs.is_random.mean() for pairs in pairings]) - 0.5) < 0.02
-    assert {number for pairs in pairings for number in pairs.first} >= {*range(0, 600, 2), *range(600, 1300)}
+    assert len({number for pairs in pairings for number in pairs.first}) > 980  # another draw each epoch
 
 
 @pytest.mark.parametrize("document", [[0, 1, 2, 3], [0, 0, 0, 0], [0, 0, *range(1, 100)]])
