@@ -38,7 +38,9 @@ N candidates (RACE: 4), T tokens, L labels; in code, F is torch.nn.functional.
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
+import io
 import json
 import math
 import re
@@ -59,6 +61,7 @@ import data
 import roberta
 import train
 from data import Tokenizer, flag, join, say
+from roberta import RobertaConfig
 from train import Ranks, RunConfig, Training, recipe, to_tensor
 
 # ----------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ class Task(NamedTuple):
     spell them; none where the answer is not one of a list, but a number (STS-B) or a span of text (SQuAD).
     paper: for each metric the paper's figures on the dev set, in per cent, of BASE and of LARGE; the first
     metric decides which of two models is better. parts: the metrics that are taken on a part of the split
-    only, and which.
+    only, and which. mean, deviation: of the numbers to predict, where `Classification` takes them out.
     """
 
     name: str
@@ -147,6 +150,8 @@ class Task(NamedTuple):
     labels: tuple[str, ...]
     paper: dict[str, tuple[float | None, float | None]]
     parts: dict[str, str] = {}
+    mean: float = 0.0
+    deviation: float = 1.0
 
     @property
     def metric(self) -> str:
@@ -176,10 +181,15 @@ TASKS = {task.name: task for task in (
     # Where in the passage is the answer? In v2.0: is it there at all?
     Task("squad1", "squad", (), "", (), {"f1": (None, 94.6), "exact_match": (None, 88.9)}),
     Task("squad2", "squad", (), "", (), {"f1": (None, 89.4), "exact": (None, 86.5)}),
-    # Which of four answers is right? These figures of the paper's are for the test set.
-    Task("race", "RACE", (), "", ("A", "B", "C", "D"),
+    # Which of (here up to ten) answers is right? These figures of the paper's are for the test set.
+    Task("race", "RACE", (), "", tuple("ABCDEFGHIJ"),
          {"accuracy": (None, 83.2), "accuracy_middle": (None, 86.5), "accuracy_high": (None, 81.3)},
          {"accuracy_middle": "middle", "accuracy_high": "high"}),
+    # One's own: which of the labels that the training set has (Part II fills them in)? What number?
+    Task("classification", "", ("text", "text_b"), "label", ("",),
+         {"accuracy": (None, None), "f1_macro": (None, None), "matthews_correlation": (None, None)}),
+    Task("regression", "", ("text", "text_b"), "label", (),
+         {"pearson": (None, None), "spearman": (None, None)}),
 )}
 TaskName = Literal[tuple(TASKS)]  # "cola", "sst-2", ...: the type from which --task has its choices
 
@@ -188,7 +198,7 @@ class Example(NamedTuple):
     """One question to the model, as it was published.
 
     part: the part of the split, in MNLI matched or mismatched, in RACE middle or high; else "".
-    texts: a sentence or a pair; SQuAD: question, passage; RACE: passage, question, four answers.
+    texts: a sentence or a pair; SQuAD: question, passage; RACE: passage, question, and the answers.
     label: the index of the right label, or a number. SQuAD: a (first character, text) for each gold answer,
     and () for a question of v2.0 that has none. Where the label is withheld, as in a test set, it is None.
     """
@@ -320,7 +330,8 @@ class Classification(Head):
     label is right and 2.13 where the second is.
 
     STS-B asks for a number, so there is one score and the loss is its squared distance from the number.
-    CHOICE: the number is learned as it stands in the file, from 0 to 5.
+    CHOICE: the number is learned as it stands in the file, from 0 to 5. One's own numbers may be thousands,
+    which steps of 2e-5 would never reach: they are learned less their mean, in units of their deviation.
     """
 
     model_class = roberta.RobertaForSequenceClassification
@@ -343,11 +354,14 @@ class Classification(Head):
         if self.task.labels:
             return F.cross_entropy(scores.float(), targets, reduction="sum")
         # STS-B: of a pair valued 4.5 a score of 4.0 costs 0.25.
-        return F.mse_loss(scores[:, 0].float(), targets.float(), reduction="sum")
+        targets = (targets.float() - self.task.mean) / self.task.deviation
+        return F.mse_loss(scores[:, 0].float(), targets, reduction="sum")
 
     def probabilities(self, scores: Tensor, batch: TaskBatch) -> Tensor:
         # An ensemble averages these (§5.1); for STS-B, the numbers.
-        return scores.float().softmax(-1) if self.task.labels else scores.float()  # (B, L)
+        if self.task.labels:
+            return scores.float().softmax(-1)  # (B, L)
+        return scores.float() * self.task.deviation + self.task.mean  # (B, 1)
 
     def decide(self, probabilities: np.ndarray, items: list[Item], examples: Sequence[Example]) -> list:
         # One item is one example here, in the same order.
@@ -355,7 +369,7 @@ class Classification(Head):
 
 
 class MultipleChoice(Classification):
-    """The right one of four candidate answers (§5.3, RACE).
+    """The right one of some candidate answers, in RACE of four (§5.3).
 
     Each candidate is read in a sequence of its own, <s> question and answer </s></s> passage </s>, and its
     vector of `<s>` becomes one score. The four scores compete:
@@ -385,6 +399,20 @@ class MultipleChoice(Classification):
                 sequences.append(join(first, second))
             items.append(Item(sequences, number, example.label or 0))
         return items
+
+    def loss(self, scores: Tensor, batch: TaskBatch) -> Tensor:
+        return super().loss(of_options(scores, batch.items), batch)
+
+    def probabilities(self, scores: Tensor, batch: TaskBatch) -> Tensor:
+        found = super().probabilities(of_options(scores, batch.items), batch)
+        return F.pad(found, (0, len(self.task.labels) - found.shape[1]))  # (B, N) -> (B, L), as N differs
+
+
+def of_options(scores: Tensor, items: Sequence[Item]) -> Tensor:
+    """Scores of candidates, (B, N), with -∞ where a question has fewer than others of its batch."""
+    candidate = torch.arange(scores.shape[1], device=scores.device)
+    counts = torch.tensor([len(item.sequences) for item in items], device=scores.device)
+    return scores.float().masked_fill(candidate >= counts[:, None], -math.inf)
 
 
 class Answer(NamedTuple):
@@ -626,14 +654,30 @@ def f1_score(labels: Sequence[int], predictions: Sequence[int]) -> float:
     return 2 * int((true & predicted).sum()) / total if total else 0.0
 
 
+def f1_macro(labels: Sequence[int], predictions: Sequence[int]) -> float:
+    """The mean over the labels of each one's F1, so that a rare label counts as much as a frequent one.
+
+    >>> f1_macro([0, 0, 0, 2], [0, 0, 0, 0])  # 6/7 for label 0, nothing for label 2
+    0.42857142857142855
+    """
+    occurring = sorted({*labels, *predictions})
+    scores = [f1_score(np.equal(labels, label), np.equal(predictions, label)) for label in occurring]
+    return sum(scores) / len(scores)
+
+
 def matthews_correlation(labels: Sequence[int], predictions: Sequence[int]) -> float:
-    """The correlation of two lists of 0 and 1, CoLA's metric; 0 where one is constant.
+    """The correlation of two lists of labels, CoLA's metric; 0 where one is constant.
 
     >>> matthews_correlation([1, 1, 0, 0], [1, 1, 1, 0]), matthews_correlation([1, 1, 1, 0], [1, 1, 1, 1])
     (0.5773502691896258, 0.0)
     """
-    # Always giving the more frequent label earns 0 here. In CoLA its accuracy would be 70 %.
-    return float(np.nan_to_num(pearson(labels, predictions)))
+    # Always giving the more frequent label earns 0 here. In CoLA its accuracy would be 70 %. With more than
+    # two labels each has an axis, 1 where it is given and else 0, and the correlation is over all of these.
+    every = sorted({*labels, *predictions})
+    true, predicted = np.equal.outer(labels, every), np.equal.outer(predictions, every)
+    true, predicted = true - true.mean(0), predicted - predicted.mean(0)
+    scale = np.sqrt((true**2).sum() * (predicted**2).sum())
+    return float((true * predicted).sum() / scale) if scale > 0 else 0.0
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float:
@@ -699,8 +743,8 @@ def longest(item: Item) -> int:
 
 
 def collate(items: list[Item], weight: float = 1.0) -> TaskBatch:
-    """The items as arrays, with padding behind the sequences that are shorter than the longest."""
-    candidates = len(items[0].sequences)
+    """The items as arrays, with padding behind shorter sequences, and in place of candidates too few."""
+    candidates = max(len(item.sequences) for item in items)
     ids = np.full((len(items), candidates, max(map(longest, items))), data.PAD)
     for row, item in enumerate(items):
         for candidate, sequence in enumerate(item.sequences):
@@ -782,12 +826,16 @@ def predict(model: nn.Module, head: Head, split: Split, ranks: Ranks) -> tuple[n
     return ranks.sum(probabilities, "the predictions").numpy(), float(loss) / len(items)
 
 
-METRICS = {"accuracy": accuracy, "f1": f1_score, "matthews_correlation": matthews_correlation,
-           "pearson": pearson, "spearman": spearman}
+METRICS = {"accuracy": accuracy, "f1": f1_score, "f1_macro": f1_macro, "matthews_correlation":
+           matthews_correlation, "pearson": pearson, "spearman": spearman}
 
 
 def metrics_of(task: Task, predictions: list, examples: Sequence[Example]) -> dict[str, float]:
-    """The task's metrics, as fractions; SQuAD's in per cent, as the official scripts print them."""
+    """The task's metrics, as fractions; SQuAD's in per cent, as the official scripts print them; where labels
+    are withheld, none.
+    """
+    if not examples or any(example.label is None for example in examples):
+        return {}
     if task.name.startswith("squad"):
         golds = [[text for _, text in example.label] for example in examples]
         return squad_metrics(golds, predictions, task.name == "squad2")
@@ -891,13 +939,32 @@ def head_of(task: Task, config: FinetuneConfig) -> Head:
 def load_split(head: Head, name: str, tokenizer: Tokenizer) -> Split:
     """Reads and encodes the training, dev or test set, and says how much there is."""
     examples = read_examples(head.task, head.config, name)
+    if isinstance(head, Spans) and name == "train":
+        examples = with_answers(examples)
     items = head.inputs(examples, tokenizer)
     say(f"{head.task.name} {name}: {len(examples):,} examples, {len(items):,} items")
-    # In the published files some answers are not at their answer_start. Nothing can be learned from those.
-    lost = [e.id for e in examples if isinstance(head, Spans) and e.label and not first_answer(e)]
-    if lost:
-        say(f"{len(lost):,} questions have no answer where the file says it is; the first: {lost[0]}")
     return Split(examples, items)
+
+
+def with_answers(examples: list[Example]) -> list[Example]:
+    """SQuAD's training questions but for those whose answers are not where the file says they are.
+
+    Some of the published ones are not, and would teach that the passage has no answer.
+    Raises: ValueError where they are more than one in a hundred: then it is the file that counts otherwise.
+    """
+    lost = [example for example in examples if example.label and not first_answer(example)]
+    if lost:
+        (passage, (begin, text)) = lost[0].texts[1], lost[0].label[0]
+        encodings = {"in bytes of UTF-8": ("utf-8", 1), "in units of UTF-16": ("utf-16-le", 2)}
+        guess = [way for way, (name, size) in encodings.items()
+                 if passage.encode(name)[size * begin :].startswith(text.encode(name))]
+        cause = f"; its answer_start counts {guess[0]}, but must count characters" if guess else ""
+        message = f"{len(lost):,} of {len(examples):,} questions have no answer where the file says it is, "
+        message += f"the first: {lost[0].id}{cause}"
+        if 100 * len(lost) > len(examples):
+            raise ValueError(message)
+        say(f"left out: {message}")
+    return [example for example in examples if not example.label or first_answer(example)]
 
 
 def head_fields(head: Head) -> dict[str, Any]:
@@ -908,12 +975,29 @@ def head_fields(head: Head) -> dict[str, Any]:
             "answerability": head.task.name == "squad2"}
 
 
-def has_head(head: Head, model: nn.Module) -> bool:
-    """Whether a model has a head for exactly this task's labels."""
-    # The class says what kind of head it is, the config for which labels. Equal shapes are not enough: QNLI
-    # and CoLA have two labels each, which mean different things. (CoLA and SST-2 both call theirs 0 and 1, so
-    # between them a head is kept.)
-    return type(model) is head.model_class and replace(model.config, **head_fields(head)) == model.config
+def fit_head(head: Head, model: nn.Module) -> str:
+    """Puts the rows of a model's head into the order of the task's labels; returns why it can't, or "".
+
+    Equal shapes are not enough: QNLI and CoLA have two labels each, which mean different things. (CoLA and
+    SST-2 both call theirs 0 and 1, so between them a head is kept.)
+    """
+    if type(model) is not head.model_class:
+        return f"the model is a {type(model).__name__}"
+    if type(head) is not Classification:
+        return ""
+    wanted, found = head.task.labels or ("score",), tuple(model.config.id2label.values())
+    if sorted(wanted) != sorted(found):  # CONTRADICTION is contradiction
+        wanted, found = [label.lower() for label in wanted], [label.lower() for label in found]
+    if len(wanted) == len(found) and all(re.fullmatch(r"label_\d+", label) for label in found):
+        say(f"its head calls the labels {', '.join(found)}: they are taken for {', '.join(wanted)}")
+        found = wanted
+    if sorted(wanted) != sorted(found):
+        return f"its labels are {', '.join(found)}, not {', '.join(wanted)}"
+    rows = [found.index(label) for label in wanted]
+    for parameter in model.classifier.out_proj.parameters():
+        parameter.data = parameter.data[rows]
+    model.config = replace(model.config, **head_fields(head))
+    return ""
 
 
 def build_model(head: Head) -> nn.Module:
@@ -931,12 +1015,29 @@ def build_model(head: Head) -> nn.Module:
     model = head.model_class(replace(found.config, **changes))
     if config.scratch:
         return model
-    # An encoder that was saved by itself is the whole model.
-    kept = has_head(head, found)
-    part, source = (model, found) if kept else (model.roberta, getattr(found, "roberta", found))
-    part.load_state_dict(source.state_dict())
-    say(f"encoder from {config.model}, {'its head, too' if kept else 'a fresh head'}")
+    reason = fit_head(head, found)
+    if reason:  # an encoder that was saved by itself is the whole model
+        model.roberta.load_state_dict(getattr(found, "roberta", found).state_dict())
+    else:  # only v2.0 asks whether there is an answer, so this part of a head may be missing or too much
+        scale_head(head, found, back=True)
+        kept = {name: weight for name, weight in found.state_dict().items() if name in model.state_dict()}
+        model.load_state_dict(model.state_dict() | kept)
+    say(f"encoder from {config.model}, {f'a fresh head: {reason}' if reason else 'its head, too'}")
     return model
+
+
+def scale_head(head: Head, model: nn.Module, back: bool = False) -> None:
+    """Makes a model that gives numbers in units of their deviation give them as they are, or back."""
+    if (head.task.mean, head.task.deviation) == (0.0, 1.0):
+        return
+    layer = model.classifier.out_proj
+    with torch.no_grad():
+        if back:
+            layer.bias -= head.task.mean
+        for parameter in layer.parameters():
+            parameter *= 1 / head.task.deviation if back else head.task.deviation
+        if not back:
+            layer.bias += head.task.mean
 
 
 def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict[str, Split]) -> dict[str, Any]:
@@ -960,7 +1061,12 @@ def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict[str
             "majority": majority_metrics(head.task, splits["train"].examples, splits["dev"].examples),
             "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds}
         if ranks.rank == 0:
-            train.publish(out, out / f"checkpoint-{progress.best_step}")
+            best = out / f"checkpoint-{progress.best_step}"
+            train.publish(out, best)
+            if head.task.name == "regression":
+                model = roberta.open_model(best)
+                scale_head(head, model)
+                model.save_pretrained(out)
             data.write_json(out / "results.json", results)
         ranks.meet("the end of a run")
     say(f"{out} is finished")
@@ -994,34 +1100,48 @@ def read_examples(task: Task, config: FinetuneConfig, split: str) -> list[Exampl
     columns are another task's. --skip-bad-rows leaves such rows out and says how many: some official files
     (QQP's) are known to have a few. A test set must be whole to be handed in.
     """
-    read = {"squad": squad_rows, "RACE": race_rows}.get(task.folder, table_rows)
-    examples, bad = [], []
-    for part, path in find_files(task, config.data, split):
+    read = {"squad": squad_rows, "RACE": race_rows, "": own_rows}.get(task.folder, table_rows)
+    examples, bad, files = [], Counter(), find_files(task, config.data, split)
+    withheld = split == "test" or config.eval_only  # new texts may be without labels
+    if not files and split != "test":
+        there = sorted(path.name for path in Path(config.data).glob("*"))[:9]
+        names = ", ".join(name for _, name in names_of(task, split))
+        raise ValueError(f"{config.data}: no {split} set of {task.name} ({names}) in it or its "
+                         f"[glue/]{task.folder}, but {', '.join(there) or 'nothing'}")
+    for part, path in files:
         try:
             rows = list(read(task, split, path))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not {task.name} as it is published ({error!r})") from None
         for where, *row in rows:
             try:
-                examples.append(example_of(task, split, part, *row))
+                examples.append(example_of(task, withheld, part, *row))
             except (ValueError, TypeError, AttributeError) as error:
-                bad.append(f"{path}: {where}: {error}")
                 if not config.skip_bad_rows or split == "test":
-                    raise ValueError(f"{bad[0]}; mend it, or (test sets apart) use --skip-bad-rows") from None
-        if not examples or examples[-1].part != part:
+                    raise ValueError(f"{path}: {where}: {error}; mend it, or (test sets apart) use "
+                                     "--skip-bad-rows") from None
+                bad[f"with label {row[-1]!r:.40}: {error}"] += 1
+        if not bad and (not examples or examples[-1].part != part):
             raise ValueError(f"{path}: no example in it")
-    if bad:
-        say(f"left out {len(bad)} malformed rows, the first: {bad[0]}")
+    for reason, count in bad.most_common():
+        say(f"left out of {split} {count:,} rows {reason}")
+    if 20 * bad.total() > len(examples):
+        raise ValueError(f"more than one row in twenty of {split} is malformed; is this {task.name}?")
+    counts = Counter(example.id for example in examples if task.folder == "squad" and split != "train")
+    if counts and max(counts.values()) > 1:  # predictions are by id
+        raise ValueError(f"{path}: the id {counts.most_common(1)[0][0]} occurs twice; give each its own")
     return examples
 
 
 def find_files(task: Task, place: str, split: str) -> list[tuple[str, Path]]:
-    """(part, file) of a split, below the folder of all tasks or in the task's own. Raises: ValueError."""
+    """(part, file) of a split, below the folder of all tasks or in the task's own; none if not there."""
+    names = names_of(task, split)
     for root in (Path(place) / "glue" / task.folder, Path(place) / task.folder, Path(place)):
-        needed = names_of(task, "train") + names_of(task, "dev")
-        if all(any(root.glob(name)) for _, name in needed):
-            return [(part, path) for part, name in names_of(task, split) for path in sorted(root.glob(name))]
-    raise ValueError(f"no training and dev files of {task.name} in {place} or its [glue/]{task.folder}/")
+        found = [(part, path) for part, name in names for path in sorted(root.glob(name))]
+        # MNLI's dev set has two parts; of a test set, or of what is one's own, any will do.
+        if found and (split == "test" or not task.folder or len({*found}) >= len(names)):
+            return found
+    return []
 
 
 def names_of(task: Task, split: str) -> list[tuple[str, str]]:
@@ -1030,6 +1150,8 @@ def names_of(task: Task, split: str) -> list[tuple[str, str]]:
         return [("", f"{split}-v{'1.1' if task.name == 'squad1' else '2.0'}.json")]
     if task.name == "race":
         return [(part, f"{split}/{part}/*.txt") for part in ("middle", "high")]
+    if not task.folder:
+        return [("", f"{split}{ending}") for ending in (".tsv", ".csv", ".jsonl")]
     if task.name != "mnli" or split == "train":
         return [("", f"{split}.tsv")]
     names = [(part, f"{split}_{part}.tsv") for part in ("matched", "mismatched")]
@@ -1051,9 +1173,42 @@ def table_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
         # With a column too many or too few nobody can say which cell is what.
         cells = [cell.strip() for cell in line.split("\t")]
         row = dict(zip(columns, cells)) if len(cells) == len(columns) else dict.fromkeys(columns)
-        label = row[task.label] if split != "test" else None
+        label = row.get(task.label) if split != "test" else None
         texts = [row[column] for column in task.texts]
         yield f"line {number + 2 - headless}", row.get("index", str(number)), texts, label
+
+
+def own_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
+    """The rows of one's own file: .tsv as GLUE's, .csv as of spreadsheets, .jsonl with an object a line."""
+    csv.field_size_limit(1 << 30)
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    else:
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
+    # The first text goes by three names, the second by two.
+    columns = rows[0].keys() if rows else ()
+    first = [name for name in ("text", "sentence", "sentence1") if name in columns]
+    second = [name for name in ("text_b", "sentence2") if name in columns]
+    if not first:
+        raise ValueError(f"no column text (or sentence) among {', '.join(map(str, columns))}")
+    for number, row in enumerate(rows):
+        label = row.get(task.label)
+        is_given = split != "test" and label not in (None, "") and None not in row  # None: cells too many
+        texts = [row.get(name) for name in first[:1] + second[:1]]
+        yield f"row {number + 1}", str(row.get("id", number)), texts, str(label) if is_given else None
+
+
+def labels_of(config: FinetuneConfig, shape: RobertaConfig) -> tuple[str, ...]:
+    """The labels of one's own classification: those of the training set in their order, or the model's."""
+    if config.eval_only or config.ensemble:
+        return tuple(shape.id2label.values())
+    rows = [row for _, path in find_files(TASKS[config.task], config.data, "train")
+            for row in own_rows(TASKS[config.task], "train", path)]
+    labels = {written for *_, written in rows if written is not None}
+    are_numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
+    return tuple(sorted(labels, key=int if are_numbers else None)) or ("",)
 
 
 def squad_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
@@ -1062,7 +1217,8 @@ def squad_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
         for entry in passage["qas"]:
             # An empty passage is none.
             texts = (entry.get("question"), passage["context"] or None)
-            yield f"question {entry['id']}"[:100], entry["id"], texts, entry.get("answers")
+            answers = [] if entry.get("is_impossible") else entry.get("answers")
+            yield f"question {entry['id']}"[:100], str(entry["id"]), texts, answers
 
 
 def race_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
@@ -1073,20 +1229,23 @@ def race_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
         yield f"question {i}", f"{row['id']}-{i}", (row["article"], question, *four), answer
 
 
-def example_of(task: Task, split: str, part: str, id: str, texts: Sequence, written: Any) -> Example:
-    """The example in a row. Raises: ValueError and others where it is none of the task's."""
-    if None in texts or (written is None and split != "test"):
+def example_of(task: Task, withheld: bool, part: str, id: str, texts: Sequence, written: Any) -> Example:
+    """The example in a row; withheld: it may lack a label. Raises: ValueError and others where it is none."""
+    if None in texts or (written is None and not withheld):
         raise ValueError("a text or label is missing, or there are not as many columns as in the first line")
-    if task.name == "race" and len(texts) != 6:
-        raise ValueError(f"{len(texts) - 2} options; there must be four")
     "".join((id, *texts)).encode()  # raises where there are halves of characters, which no file can hold
-    return Example(id, part, tuple(texts), label_of(task, written) if split != "test" else None)
+    label = None if written is None else label_of(task, written)
+    if task.name == "race" and not max(1, label or 0) < len(texts) - 2 <= len(task.labels):
+        raise ValueError(f"answer {written} of {len(texts) - 2} options; it takes 2 to {len(task.labels)}")
+    return Example(id, part, tuple(texts), label)
 
 
 def label_of(task: Task, written: Any) -> Any:
     """A label as `Example` has it, from what is written in the file."""
     # In v2.0 the list of answers is empty where the passage has none.
     if task.folder == "squad":
+        if isinstance(written, dict):  # as Hugging Face's datasets have them
+            written = [dict(zip(written, values)) for values in zip(*written.values(), strict=True)]
         answers = tuple((answer.get("answer_start"), answer.get("text")) for answer in written)
         if not all(type(begin) is int and isinstance(text, str) for begin, text in answers):
             raise ValueError("an answer without integer answer_start and text")
@@ -1099,8 +1258,9 @@ def label_of(task: Task, written: Any) -> Any:
     if task.labels:
         raise ValueError(f"label {written!r} is none of {task.name}'s ({', '.join(task.labels)})")
     number = float(written)
-    if not 0 <= number <= 5:
-        raise ValueError(f"{task.label} {written} is not between 0 and 5")
+    low, high = (0, 5) if task.name == "sts-b" else (-1e30, 1e30)
+    if not low <= number <= high:
+        raise ValueError(f"{task.label} {written} is not between {low} and {high}")
     return number
 
 
@@ -1143,6 +1303,8 @@ def finetune(config: FinetuneConfig, ranks: Ranks) -> dict[str, Any]:
     """Does what one command asks for; returns what its results.json holds, which says that all is done."""
     task, models, out = TASKS[config.task], config.ensemble or (config.model,), Path(config.out)
     shape = roberta.read_config(models[0])
+    if task.name == "classification":
+        task = task._replace(labels=labels_of(config, shape))
     config = replace(config, precision=ranks.precision, seq_len=config.seq_len or min(shape.max_tokens, 512))
     if config.seq_len > shape.max_tokens:
         raise ValueError(f"--seq-len {config.seq_len} exceeds the {shape.max_tokens} that {models[0]} takes")
@@ -1166,9 +1328,13 @@ def train_models(head: Head, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
     # Texts are read and encoded once for all runs. Each run keeps its own directory inside --out, so the same
     # command goes on in the run that was interrupted.
     config, runs = head.config, settings_of(head.config)
-    tokenizer = Tokenizer.from_pretrained(roberta.find_model(config.model))
+    tokenizer = roberta.open_tokenizer(config.model)
     roberta.check_tokenizer(tokenizer, roberta.read_config(config.model))
     splits = {name: load_split(head, name, tokenizer) for name in ("train", "dev")}
+    if head.task.name == "regression":
+        numbers = [example.label for example in splits["train"].examples]
+        deviation = float(np.std(numbers)) or 1.0
+        head = head_of(head.task._replace(mean=float(np.mean(numbers)), deviation=deviation), config)
     if len(runs) == 1:
         return run_or_read(head, ranks, tokenizer, splits), [config.out]
     claim(config, ranks, f"several runs of {head.task.name}")
@@ -1232,33 +1398,43 @@ def evaluate_models(head: Head, models: Sequence[str], ranks: Ranks) -> dict:
         if not (Path(path) / "results.json").exists():
             raise ValueError(f"{path} is no finished run; it has no results.json")
     claim(config, ranks, f"an evaluation on {task.name}")
-    dev, predictions = average(head, models, "dev", ranks)
-    training = read_examples(task, config, "train")
-    return {"task": task.name, "models": list(models),
-            "metrics": metrics_of(task, predictions, dev.examples),
-            "majority": majority_metrics(task, training, dev.examples)}
+    results = {"task": task.name, "models": list(models), "metrics": {}, "majority": {}}
+    if config.predict and not find_files(task, config.data, "dev"):
+        return results  # a test set alone
+    dev, _, predictions = average(head, models, "dev", ranks)
+    results["metrics"] = metrics_of(task, predictions, dev.examples)
+    if not results["metrics"]:
+        say("the dev set has no labels: no metrics")
+    elif find_files(task, config.data, "train"):
+        training = read_examples(task, config, "train")
+        results["majority"] = majority_metrics(task, training, dev.examples)
+    return results
 
 
-def average(head: Head, models: Sequence[str], name: str, ranks: Ranks) -> tuple[Split, list]:
-    """A split, and what is predicted from the mean over the models of their probabilities (§5.1)."""
-    tokenizer = Tokenizer.from_pretrained(roberta.find_model(models[0]))
+def average(head: Head, models: Sequence[str], name: str, ranks: Ranks) -> tuple[Split, np.ndarray, list]:
+    """A split, the mean over the models of their probabilities (§5.1), and what is predicted from it."""
+    tokenizer = roberta.open_tokenizer(models[0])
     split, probabilities = load_split(head, name, tokenizer), []
     # One model in memory at a time. They are to agree in what an item is, so in the tokenizer.
     for path in models:
         model = roberta.open_model(path)
-        if not has_head(head, model):
-            raise ValueError(f"{path} has no head for {head.task.name}; fine-tune it, without --eval-only")
-        if Tokenizer.from_pretrained(roberta.find_model(path)).fingerprint != tokenizer.fingerprint:
+        reason = fit_head(head, model)
+        if head.task.name == "squad2" and not model.config.answerability:
+            reason = "it does not judge whether there is an answer"
+        if reason:
+            raise ValueError(f"{path} has no head for {head.task.name} ({reason}); train one first")
+        if roberta.open_tokenizer(path).fingerprint != tokenizer.fingerprint:
             raise ValueError(f"{path} and {models[0]} cannot be averaged: they have different tokenizers")
         probabilities.append(predict(model.to(ranks.device), head, split, ranks)[0])
-    return split, head.decide(np.mean(probabilities, axis=0), split.items, split.examples)
+    mean = np.mean(probabilities, axis=0)
+    return split, mean, head.decide(mean, split.items, split.examples)
 
 
 def write_predictions(head: Head, models: Sequence[str], ranks: Ranks) -> None:
     """Writes what the models, averaged, answer on the test set; where there is none, on the dev set."""
     task, out = head.task, Path(head.config.out)
-    name = "test" if find_files(task, head.config.data, "test") else "dev"
-    split, predictions = average(head, models, name, ranks)
+    which = "test" if find_files(task, head.config.data, "test") else "dev"
+    split, probabilities, predictions = average(head, models, which, ranks)
     files: dict[str, list[str]] = {}
     if task.folder == "squad":
         # The official scripts read these; of predictions.json, and of spans.json with na_prob.json (the best
@@ -1269,13 +1445,20 @@ def write_predictions(head: Head, models: Sequence[str], ranks: Ranks) -> None:
     else:
         # What GLUE's server takes, and for RACE the like.
         names = {"matched": "MNLI-m", "mismatched": "MNLI-mm", "AX": "AX"}
-        for example, value in zip(split.examples, predictions):
-            written = task.labels[value] if task.labels else f"{min(max(value, 0), 5):.3f}"
-            file = f"{names.get(example.part, task.folder)}.tsv"
-            files.setdefault(file, ["index\tprediction"]).append(f"{example.id}\t{written}")
+        for example, value, scores in zip(split.examples, predictions, probabilities):
+            value = min(max(value, 0), 5) if task.name == "sts-b" else value
+            row = [example.id, task.labels[value] if task.labels else f"{value:.6g}"]
+            sure = [f"{score:.6f}" for score in scores] if task.labels else []
+            name = names.get(example.part, task.folder or "predictions")
+            if task.folder:
+                files.setdefault(f"{name}.tsv", ["index\tprediction"]).append("\t".join(row))
+                name += "-probabilities"
+            if sure or not task.folder:
+                header = "\t".join(["index", "prediction", *task.labels])
+                files.setdefault(f"{name}.tsv", [header]).append("\t".join(row + sure))
     for file, lines in files.items() if ranks.rank == 0 else ():
         data.write_atomically(out / file, "".join(f"{line}\n" for line in lines).encode())
-    say(f"predictions of {', '.join(models)} for the {name} set are in {out}: {', '.join(files)}")
+    say(f"predictions of {', '.join(models)} for the {which} set are in {out}: {', '.join(files)}")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ into ids and back, and `join`, which puts `<s>` before the ids of a text and `</
 
 Part II is about files: ours, Hugging Face's and those of fairseq, the toolkit of the paper's authors. What
 Part I needs of it: `open_model` and `save_model` read and write a model, `check_config` and `check_tokenizer`
-refuse what cannot work, `label_names` fills in the names of a task's labels, and `evaluating` turns dropout
-off for a while.
+refuse what cannot work, `parts_of` tells a text from a pair, `label_names` fills in the names of a task's
+labels, and `evaluating` turns dropout off for a while.
 
 `DIFFERS:` tags a departure from the paper, `CHOICE:` what it leaves open. Legend: B micro-batch, T tokens,
 M predicted places, C hidden_size, H heads, D head_size = C / H, F intermediate_size (in code, F is
@@ -21,19 +21,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import math
+import os
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data import BOS, EOS, PAD, Tokenizer, join, read_json, write_atomically
 
@@ -291,6 +296,26 @@ class Block(nn.Module):
 
 # None of this is from the paper: at a first reading, go on with Encoder.
 
+Text = str | tuple[str, str]  # what a model reads at once: a text or a pair of them
+AT_ONCE = 32  # texts that go through the model together; a list of thousands would fill the memory
+
+
+def one_or_many(method: Callable[..., list]) -> Callable[..., Any]:
+    """Lets a method that makes a list of results of a list of texts take one text, too, or thousands.
+
+    One text gives one result, a list gives a list. Meanwhile there is no dropout, and no gradients are kept.
+    """
+    @functools.wraps(method)
+    def in_parts(self: RobertaModelBase, text: Text | list[Text], *options: Any, **named: Any) -> Any:
+        texts = text if isinstance(text, list) else [text]
+        results = []
+        with torch.inference_mode(), evaluating(self):
+            for begin in range(0, len(texts), AT_ONCE):
+                results += method(self, texts[begin : begin + AT_ONCE], *options, **named)
+        return results if isinstance(text, list) else results[0]
+
+    return in_parts
+
 
 class RobertaModelBase(nn.Module):
     """What all models share: a config, the way from text to ids, and the way to files and back."""
@@ -304,8 +329,8 @@ class RobertaModelBase(nn.Module):
         """Returns the model in a directory of ours, of Hugging Face's or of fairseq's, in eval mode.
 
         A run directory without a model of its own stands for its newest checkpoint. Changes replace entries
-        of the config: dropout, num_labels, and so on. A head that the files lack is drawn at random, and a
-        line on stderr says so. Nothing in the files is executed.
+        of the config: dropout, num_labels, and so on. A head that the files lack, or have for another number
+        of labels, is drawn at random, and a line on stderr says so. Nothing in the files is executed.
         Raises: ValueError where there is no model, or a weight is missing or misshapen.
         """
         return open_model(directory, cls, **config_changes)
@@ -318,32 +343,42 @@ class RobertaModelBase(nn.Module):
         """Returns the number of weights, tied ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def encode(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None) -> Tensor:
+    def encode(self, text: Text | list[Text] | Tensor, tokenizer: Tokenizer | None) -> Tensor:
         """Returns the ids, (1, T), of a text, `<s> A </s>`, or of a pair of them, `<s> A </s></s> B </s>`.
 
-        Ids stay as they are, (B, T). Raises: ValueError where a text comes without a tokenizer,
-        or with one that has more units than the model.
+        A pair is a tuple. A list is a batch of texts or pairs, never a pair: (B, T), padded behind. Ids stay
+        as they are, (B, T). Raises: ValueError where a text comes without a tokenizer, or with one that has
+        more units than the model.
         """
         if not isinstance(text, Tensor):
             check_tokenizer(tokenizer, self.config)
             # join adds `<s>` and `</s>`: in training the model has never read a text without them.
-            texts = [text] if isinstance(text, str) else text
-            text = torch.from_numpy(join(*map(tokenizer.encode_to_numpy, texts)))
+            texts = text if isinstance(text, list) else [text]
+            text = self.padded([join(*map(tokenizer.encode_to_numpy, parts_of(one))) for one in texts])
         # To where the weights are, the CPU or an accelerator.
         return torch.atleast_2d(text).to(next(self.parameters()).device)
 
-    @torch.inference_mode()
-    def extract_features(self, text: str | Sequence[str] | Tensor, tokenizer: Tokenizer | None = None,
-                         return_all_hiddens: bool = False) -> Tensor | list[Tensor]:
-        """Returns the encoder's hidden states for a text or a pair, (1, T, C), or for ids (B, T), (B, T, C).
+    def padded(self, rows: list[np.ndarray]) -> Tensor:
+        """Returns rows of ids as one tensor, (B, T), short ones filled up with padding."""
+        tensors = [torch.from_numpy(row) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=self.config.pad_token_id)
 
-        The vectors of `<s>` and `</s>` are among them. return_all_hiddens: those of the embeddings and of
-        every block, as a list. No dropout, no gradients.
+    @torch.inference_mode()
+    def extract_features(self, text: Text | list[Text] | Tensor, tokenizer: Tokenizer | None = None,
+                         return_all_hiddens: bool = False) -> Tensor | list[Tensor]:
+        """Returns the encoder's hidden states for a text or a pair, (1, T, C), or a list of them, (B, T, C).
+
+        Ids (B, T) may be given, too. The vectors of `<s>` and `</s>` are among them; behind `</s>` a list's
+        shorter texts are padded, and what stands there means nothing. return_all_hiddens: the states of the
+        embeddings and of every block, as a list. No dropout, no gradients.
         """
         # In a model with a head the encoder is a part of it; by itself it is the model.
         encoder = getattr(self, "roberta", self)
         with evaluating(encoder):
-            return encoder(self.encode(text, tokenizer), all_hiddens=return_all_hiddens)
+            batches = self.encode(text, tokenizer).split(AT_ONCE)
+            parts = [encoder(input_ids, all_hiddens=return_all_hiddens) for input_ids in batches]
+        # The batches below one another again: of each layer, or of the last.
+        return [torch.cat(layer) for layer in zip(*parts)] if return_all_hiddens else torch.cat(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -399,17 +434,19 @@ class RobertaModel(RobertaModelBase):
 # to learn more than how common each token is. Hence tiny's 0.06, which makes it 0.68.
 
 
-def drawn(layer: nn.Module, config: RobertaConfig) -> nn.Module:
-    """Returns a layer of torch's with weights drawn as BERT's are, in place of those that torch draws."""
-    if isinstance(layer, nn.Linear | nn.Embedding):
-        nn.init.normal_(layer.weight, std=config.initializer_range)
-    if isinstance(layer, nn.Linear):
-        nn.init.zeros_(layer.bias)
+def drawn(module: nn.Module, config: RobertaConfig) -> nn.Module:
+    """Returns a layer of torch's, or a head, with weights drawn as BERT's are, in place of those it has."""
+    for name, weight in module.named_parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=config.initializer_range)
+        else:
+            # What is no matrix is a bias, which is added, or a LayerNorm's weight, by which it multiplies.
+            nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
     # The padding id's row starts at 0. Looking it up gives it no gradient; in the token table it gets one all
     # the same, from the tied LM head.
-    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-        nn.init.zeros_(layer.weight[layer.padding_idx])  # the row is a view: this changes the table
-    return layer
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        nn.init.zeros_(module.weight[module.padding_idx])  # the row is a view: this changes the table
+    return module
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -462,14 +499,14 @@ class RobertaForMaskedLM(RobertaModelBase):
         """Returns the LM head's logits for the encoder's hidden states."""
         return self.lm_head(hidden, self.roberta.embeddings.tokens.weight, predicted)
 
-    @torch.inference_mode()
-    def fill_mask(self, text: str, tokenizer: Tokenizer, top_k: int = 5) -> list:
-        """Returns the `top_k` most probable tokens for the `<mask>` in a text, best first.
+    @one_or_many
+    def fill_mask(self, text: str | list[str], tokenizer: Tokenizer, top_k: int = 5) -> list:
+        """Returns the `top_k` most probable tokens for the `<mask>` in a text, best first; of a list, a list.
 
         Each is a dict like those of Hugging Face's pipeline: score (a probability), token (its id),
         token_str, and sequence (the text with it filled in). With several masks: a list of such lists, each
         mask filled independently of the others.
-        Raises: ValueError where the text has no `<mask>` or is longer than the positions.
+        Raises: ValueError where a text has no `<mask>` or is longer than the positions.
         """
         check_tokenizer(tokenizer, self.config)
         if top_k < 1:
@@ -478,31 +515,41 @@ class RobertaForMaskedLM(RobertaModelBase):
         # "It is <mask>." becomes "It is", " <mask>" and ".": pieces 1, 3, 5, ... are masks. A mask takes the
         # space before it along, because a token includes the space before it (" Paris"): the model will say
         # whether there is one.
-        pieces = re.split(r"(\s*<mask>)", text)
-        if len(pieces) == 1:
-            raise ValueError(f'no <mask> in {text!r}; write one, as in "The capital of France is <mask>."')
-        ids: list[int] = []
-        for i, piece in enumerate(pieces):
-            ids += [tokenizer.mask_id] if i % 2 else tokenizer.encode(piece)
-        input_ids = self.encode(torch.from_numpy(join(ids)), tokenizer)  # `<s> ids </s>`, (1, T)
+        texts, rows = [], []
+        for one in text:  # in here always a list, see one_or_many
+            if not isinstance(one, str) or "<mask>" not in one:
+                raise ValueError(f'not a text with <mask>, such as "Paris is in <mask>.": {one!r:.200}')
+            pieces, ids = re.split(r"(\s*<mask>)", one), []
+            for i, piece in enumerate(pieces):
+                ids += [tokenizer.mask_id] if i % 2 else tokenizer.encode(piece)
+            texts.append(pieces)
+            rows.append(join(ids))  # `<s> ids </s>`
+        input_ids = self.encode(self.padded(rows), tokenizer)  # (B, T), where the weights are
 
         # A softmax turns the scores at each mask into probabilities. A model's vocabulary may have been
         # padded with rows that are no tokens: they have a share in the softmax, but are not offered.
-        predicted = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0]  # (M,)
+        predicted = (input_ids.flatten() == tokenizer.mask_id).nonzero()[:, 0]  # (M,)
         logits = self.scores(self.extract_features(input_ids), predicted)  # (M, V)
         probabilities = logits.float().softmax(-1)
         best, best_ids = probabilities[:, : tokenizer.vocab_size].topk(min(top_k, tokenizer.vocab_size))
 
-        # The piece that was the mask gives way to the candidate's text.
-        results = []
-        for place, scores, tokens in zip(range(1, len(pieces), 2), best.tolist(), best_ids.tolist()):
-            candidates = []
-            for score, token in zip(scores, tokens):
-                name = tokenizer.decode([token])
-                sequence = "".join([*pieces[:place], name, *pieces[place + 1 :]])
-                candidates.append({"score": score, "token": token, "token_str": name, "sequence": sequence})
-            results.append(candidates)
-        return results[0] if len(results) == 1 else results
+        # The masks come as they stand in the texts. In each, the piece that was the mask gives way to the
+        # candidate's text.
+        found, results = zip(best.tolist(), best_ids.tolist()), []
+        for pieces in texts:
+            masks = [filled(pieces, place, *next(found), tokenizer) for place in range(1, len(pieces), 2)]
+            results.append(masks[0] if len(masks) == 1 else masks)
+        return results
+
+
+def filled(pieces: list[str], place: int, scores: list[float], ids: list[int], tokenizer: Tokenizer) -> list:
+    """Returns what fill_mask says of a text, in pieces, of which the one at `place` is a mask."""
+    candidates = []
+    for score, token in zip(scores, ids):
+        name = tokenizer.decode([token])
+        sequence = "".join([*pieces[:place], name, *pieces[place + 1 :]])
+        candidates.append({"score": score, "token": token, "token_str": name, "sequence": sequence})
+    return candidates
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -544,6 +591,20 @@ class RobertaForSequenceClassification(RobertaModelBase):
         """Returns logits, (B, num_labels)."""
         return self.classifier(self.roberta(input_ids, attention_mask))
 
+    @one_or_many
+    def classify(self, text: Text | list[Text], tokenizer: Tokenizer) -> Any:
+        """Returns the probability of each label by its name, {"negative": 0.1, "positive": 0.9}.
+
+        With num_labels 1: {"score": number}. text: a text, a pair as a tuple, or a list of them, which gives
+        a list. Raises: ValueError where a text is longer than the positions.
+        """
+        logits = self(self.encode(text, tokenizer))
+        # A single label is a number, such as a similarity, and no probability.
+        if self.config.num_labels == 1:
+            return [{"score": score} for score in logits[:, 0].tolist()]
+        names = self.config.id2label.values()
+        return [dict(zip(names, probabilities)) for probabilities in logits.softmax(-1).tolist()]
+
 
 class RobertaForMultipleChoice(RobertaModelBase):
     """A score for each of N answers, each read with the question and the passage (§5.3, RACE)."""
@@ -580,6 +641,35 @@ class RobertaForQuestionAnswering(RobertaModelBase):
             return start, end
         # Whether there is an answer at all is a question about the whole text.
         return start, end, self.answerable(hidden[:, 0]).squeeze(1)  # (B, 1) -> (B,)
+
+    @one_or_many
+    def answer(self, text: tuple[str, str] | list[tuple[str, str]], tokenizer: Tokenizer) -> Any:
+        """Returns what a passage answers to a question, {"answer": text, "score": its probability}.
+
+        With `answerability` also "answerable", the probability that there is an answer in it. text: a tuple
+        (question, passage), or a list of such, which gives a list.
+        Raises: ValueError where a passage is empty, or the pair is longer than the positions.
+        """
+        for pair in text:
+            if len(parts_of(pair)) != 2 or not pair[1].strip():
+                raise ValueError(f"needs a question and a passage that is not empty; got {pair!r:.200}")
+        starts, ends, *answerable = self(self.encode(text, tokenizer))  # (B, T) each
+
+        results = []
+        for i, (question, passage) in enumerate(text):
+            # The passage stands behind `<s>`, the question and two `</s>`.
+            ids, characters = tokenizer.encode_with_offsets(passage)
+            begin = len(tokenizer.encode(question)) + 3
+            start, end = (logits[i, begin : begin + len(ids)].softmax(0) for logits in (starts, ends))
+            # The product for each start and each end, where the end is neither before the start nor far
+            # behind.
+            scores = (start[:, None] * end).triu().tril(30)  # (T,), (T,) -> (T, T)
+            first, last = divmod(int(scores.argmax()), len(ids))
+            answer = passage[characters[first][0] : characters[last][1]].strip()
+            results.append({"answer": answer, "score": scores.max().item()})
+            if answerable:
+                results[-1]["answerable"] = answerable[0][i].sigmoid().item()
+        return results
 
 
 class RobertaForPreTraining(RobertaForMaskedLM):
@@ -631,7 +721,7 @@ def label_names(count: int | None, names: dict) -> dict[int, str]:
         names = {i: f"LABEL_{i}" for i in range(count)}
     if sorted(names) != list(range(count)):
         raise ValueError(f"num_labels {count}, but id2label names {len(names)}: {names}")
-    return names
+    return {i: names[i] for i in range(count)}  # a file may have 10 before 2
 
 
 def check_tokenizer(tokenizer: Tokenizer | None, config: RobertaConfig) -> None:
@@ -640,6 +730,14 @@ def check_tokenizer(tokenizer: Tokenizer | None, config: RobertaConfig) -> None:
         raise ValueError("a text needs a tokenizer: give one, or the text as ids")
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"use the model's own tokenizer: {tokenizer.vocab_size} units > {config.vocab_size}")
+
+
+def parts_of(text: Text) -> tuple[str, ...]:
+    """Returns a text, or the two of a pair, as a tuple. Raises: ValueError where it is neither."""
+    parts = text if isinstance(text, tuple) else (text,)
+    if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"give a text, a pair as a tuple of two, or a list of these, not {text!r:.200}")
+    return parts
 
 
 @contextlib.contextmanager
@@ -784,7 +882,6 @@ IGNORED = re.compile(r"lm_head\.(decoder\.)?weight|.*(position_ids|token_type_id
                      r".*\.layers?\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
 
 
-
 def weight_files(directory: str | Path) -> list[Path]:
     """Returns the files that hold the weights of the model in a directory; none where there is no model."""
     for pattern in WEIGHT_FILES:
@@ -794,13 +891,44 @@ def weight_files(directory: str | Path) -> list[Path]:
 
 
 def find_model(directory: str | Path) -> Path:
-    """Returns the directory with the model's weights: this one, or of a run its newest checkpoint."""
+    """Returns the directory with the model's weights: this one, or of a run its newest checkpoint.
+
+    Raises: ValueError where there is none, with what is there and what to give instead.
+    """
     # Sorted by length first: step 9 comes before step 10.
     checkpoints = sorted(Path(directory).glob("checkpoint-*[0-9]"), key=lambda path: (len(path.name), path))
     for place in (Path(directory), *reversed(checkpoints)):
         if weight_files(place):
             return place
-    raise ValueError(f"{directory}: no model; give a directory with one of {', '.join(WEIGHT_FILES)}")
+    raise ValueError(why_no_model(Path(directory)))
+
+
+def why_no_model(directory: Path) -> str:
+    """Returns what is wrong with a path that leads to no model, and what to give instead, in a line."""
+    if directory.is_file():
+        return f"{directory} is a file; give its directory, {directory.parent}"
+    if not directory.exists():
+        # It may be meant as a name of Hugging Face's hub: roberta-base, or FacebookAI/roberta-large.
+        advice = (f". Nothing is downloaded: if it is a model of Hugging Face's hub, put config.json, "
+                  f"{MODEL_FILE} (or pytorch_model.bin), vocab.json and merges.txt into a directory of this "
+                  f"name, from https://huggingface.co/{directory}/tree/main")
+        may_be_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(directory))
+        return f"{directory}: no such directory{advice if may_be_name else ''}"
+    # Whoever is a few directories too high finds the way below. (At most a thousand are looked at.)
+    places = [place for place, _, _ in itertools.islice(os.walk(directory), 1000)]
+    if below := [place for place in sorted(places) if weight_files(place)]:
+        return f"{directory}: no model here; give one of those below: {', '.join(below[:5])}"
+    holds = ", ".join(sorted(path.name for path in directory.iterdir())[:10]) or "nothing"
+    return f"{directory}: no model, but {holds}; it takes config.json and one of {', '.join(WEIGHT_FILES)}"
+
+
+def open_tokenizer(directory: str | Path) -> Tokenizer:
+    """Returns the tokenizer of the model in a directory. Raises: ValueError where there is none."""
+    place = find_model(directory)
+    # Hugging Face's Trainer may have put it beside the checkpoints only.
+    own = any((place / name).is_file() for name in ("tokenizer.json", "vocab.json", "encoder.json"))
+    above = place.name.startswith("checkpoint-") and not own
+    return Tokenizer.from_pretrained(place.parent if above else place)
 
 
 def read_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -851,7 +979,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
     with opening(path):
         # fairseq's file holds the arguments of its run, too: in a Namespace, with NumPy's numbers, since 2021
         # in classes that are not installed here. Of all these only what they hold is wanted.
-        strangers = ["argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar"]
+        strangers = ["argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+                     "numpy._core.multiarray.scalar"]
         if zipfile.is_zipfile(path):
             # torch does not look at the checksums of its files, which since 2020 are zips.
             if damaged := zipfile.ZipFile(path).testzip():
@@ -880,6 +1009,17 @@ def from_fairseq(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
                "max_position_embeddings": len(weights["roberta.embeddings.position_embeddings.weight"]),
                "hidden_act": plain(arguments.get("activation_fn", "gelu")),
                "tie_word_embeddings": not plain(arguments.get("untie_weights_roberta", False))}
+    # Heads have names there, and a model may have several.
+    names = re.findall(r"classification_heads\.([^. ]+)\.out_proj\.weight", " ".join(weights))
+    if len(names) > 1:
+        print(f"note: of the heads {', '.join(names)} the first is taken", file=sys.stderr)
+    if names:
+        name = names[0]
+        weights = rename(weights, [(f"classification_heads.{name}.", "classifier.")])
+        # What the labels mean is in none of its files, but that of the published model is known.
+        entries["num_labels"] = len(weights["classifier.out_proj.weight"])
+        if name == "mnli" and entries["num_labels"] == 3:
+            entries["id2label"] = {0: "contradiction", 1: "neutral", 2: "entailment"}
     return entries, weights
 
 
@@ -914,31 +1054,37 @@ def open_model(directory: str | Path, kind: type[RobertaModelBase] | None = None
     for name, value in NEEDED.items():
         if entries.get(name, value) != value:
             raise ValueError(f"{directory}: {name} is {entries[name]!r}; only {value!r} opens here")
-    # Where other labels are asked for, neither the number nor the names of the old ones count.
-    if {"num_labels", "id2label"} & changes.keys():
-        changes = {"num_labels": None, "id2label": {}} | changes
     # What other models have besides is passed over.
     known = {f.name: entries[f.name] for f in fields(RobertaConfig) if f.name in entries}
     with opening(directory):
+        # Where other labels are asked for, neither the number nor the names of the old ones count.
+        same_number = changes.get("num_labels") in (None, len(known.get("id2label", {})))
+        if "id2label" in changes or not same_number:
+            changes = {"num_labels": None, "id2label": {}} | changes
         config = RobertaConfig(**known | changes)
         kind = kind or next((HEADS[key] for key in HEADS if key in weights), RobertaModel)
         # On the meta device tensors have a shape and no content: nothing is drawn that a file will replace.
         with torch.device("meta"):
             model = kind(config)
 
-        # Encoder and LM head must be there as they are: torch compares names and shapes, and names what does
-        # not fit. Another head, which is made of linear layers, is drawn where the file has none, or one for
-        # another number of labels. Heads of other models are passed over.
+        # An encoder is the only part of itself. Heads of other models are passed over.
         parts = {"roberta": model} if isinstance(model, RobertaModel) else dict(model.named_children())
         for part, module in parts.items():
             given = {key.removeprefix(part + "."): weight
                      for key, weight in weights.items() if key.startswith(part + ".")}
+            # The encoder must be there as it is, and so must an LM head of which there is anything: torch
+            # compares names and shapes, and names what does not fit.
+            must_fit = part == "roberta" or (part == "lm_head" and given)
             wanted = {key: weight.shape for key, weight in module.state_dict().items()}
-            if part in ("roberta", "lm_head") or wanted == {key: value.shape for key, value in given.items()}:
+            if must_fit or wanted == {key: weight.shape for key, weight in given.items()}:
                 module.load_state_dict(given, assign=True)  # the tensors become the model's own
-            else:
-                print(f"note: no fitting {part} in {directory}; drawn at random", file=sys.stderr)
-                module.to_empty(device="cpu").apply(lambda layer: drawn(layer, config))
+                continue
+            # Of another head the last bias has a number for each label.
+            labels, reason = list(wanted)[-1], "the model there has none"
+            if labels in given:
+                reason = f"the one there is for {len(given[labels])} labels, not {wanted[labels][0]}"
+            print(f"note: {directory}: {part} is drawn at random: {reason}", file=sys.stderr)
+            drawn(module.to_empty(device="cpu"), config)
     return model.eval()
 
 
@@ -965,31 +1111,21 @@ def save_model(model: RobertaModelBase, directory: Path, tokenizer: Tokenizer | 
 
 def results(model: RobertaModelBase, texts: list[str], tokenizer: Tokenizer, top_k: int) -> list[str]:
     """Returns what a model makes of one text or two, each result a line."""
-    if isinstance(model, RobertaForMaskedLM) and len(texts) == 1:
-        filled = model.fill_mask(texts[0], tokenizer, top_k)
-        masks = filled if isinstance(filled[0], list) else [filled]
-        return [f"{found['score']:7.2%}  {found['sequence']}" for mask in masks for found in mask]
-
-    if isinstance(model, RobertaForSequenceClassification) and len(texts) <= 2:
-        logits = model(model.encode(texts, tokenizer))[0]
-        # A single label is a number, such as a similarity, and no probability.
-        if len(logits) == 1:
-            return [f"{logits.item():.4f}"]
-        names = model.config.id2label.values()
-        return [f"{score:7.2%}  {name}" for name, score in zip(names, logits.softmax(0).tolist())]
-
-    if isinstance(model, RobertaForQuestionAnswering) and len(texts) == 2:
-        start, end, *answerable = model(model.encode(texts, tokenizer))
-        # The tokens of the passage are the last, before one `</s>`.
-        ids, characters = tokenizer.encode_with_offsets(texts[1])
-        start, end = (logits[0, -1 - len(ids) : -1].softmax(0) for logits in (start, end))
-        # The product for each start and each end, where the end is neither before the start nor far behind.
-        scores = (start[:, None] * end).triu().tril(30)  # (T,), (T,) -> (T, T)
-        first, last = divmod(int(scores.argmax()), len(ids))
-        answer = texts[1][characters[first][0] : characters[last][1]].strip()
-        judged = [f"{logit.sigmoid().item():7.2%}  that there is an answer" for logit in answerable]
-        return [f"{scores.max().item():7.2%}  {answer}", *judged]
-    raise ValueError(f"{type(model).__name__} has no use for {len(texts)} texts; see --help")
+    text = texts[0] if len(texts) == 1 else tuple(texts)
+    if isinstance(model, RobertaForMaskedLM):
+        found = model.fill_mask(text, tokenizer, top_k)
+        masks = found if isinstance(found[0], list) else [found]
+        return [f"{best['score']:7.2%}  {best['sequence']}" for mask in masks for best in mask]
+    if isinstance(model, RobertaForSequenceClassification):
+        found = model.classify(text, tokenizer)
+        if model.config.num_labels == 1:
+            return [f"{found['score']:.4f}"]
+        return [f"{score:7.2%}  {name}" for name, score in found.items()]
+    if isinstance(model, RobertaForQuestionAnswering):
+        found = model.answer(text, tokenizer)
+        judged = [f"{found['answerable']:7.2%}  that there is an answer"] if "answerable" in found else []
+        return [f"{found['score']:7.2%}  {found['answer']}", *judged]
+    raise ValueError(f"{type(model).__name__} neither fills masks nor labels texts nor answers questions")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -1000,11 +1136,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@torch.inference_mode()
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
-        tokenizer = Tokenizer.from_pretrained(find_model(options.model))
+        tokenizer = open_tokenizer(options.model)
         for line in results(open_model(options.model), options.text, tokenizer, options.top_k):
             print(line.replace("\n", "\\n"))
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """finetune.py: the published formats, exact answer spans, metrics by hand, runs that learn and resume."""
 
+import csv
 import dataclasses
 import json
 import random
@@ -254,9 +255,9 @@ def entry_of(content: dict) -> dict:
     ("squad1", lambda c: entry_of(c).pop("answers"), "question q0-1: a text or label is missing"),
     ("squad1", lambda c: entry_of(c).update(answers=[]), "is this v2.0, --task squad2?"),
     ("squad1", lambda c: entry_of(c)["answers"][0].update(answer_start=1.5), "integer answer_start"),
-    ("race", lambda c: c["options"][1].pop(), "train/high/3.txt: question 1: 3 options"),
+    ("race", lambda c: c["options"][1].clear(), "train/high/3.txt: question 1: answer "),
     ("race", lambda c: c["answers"].pop(), "train/high/3.txt: not race as it is published (ValueError("),
-    ("race", lambda c: c.update(answers=["E", "A"]), "label 'E' is none of race's (A, B, C, D)"),
+    ("race", lambda c: c.update(answers=["E", "A"]), "question 0: answer E of 4 options; it takes 2 to 10"),
     ("race", lambda c: c.pop("answers"), "3.txt: not race as it is published (KeyError('answers'))"),
 ])  # fmt: skip
 def test_bad_json_files_are_one_line(tmp_path, model, capsys, task, edit, message):
@@ -267,29 +268,172 @@ def test_bad_json_files_are_one_line(tmp_path, model, capsys, task, edit, messag
     refused(command(task, tmp_path, model, tmp_path / "run"), message, capsys)
 
 
-def test_squad_answers_that_are_not_at_their_offset_are_counted(tmp_path, tokenizer, capsys):
-    def shift(content):
-        for number in (3, 5):
+def test_squad_answers_that_are_not_where_the_file_says_teach_nothing(tmp_path, tokenizer, capsys):
+    """A few are left out with their questions; many mean that the file counts otherwise."""
+    def shift(content, numbers):
+        for number in numbers:
             content["data"][0]["paragraphs"][number]["qas"][0]["answers"][0]["answer_start"] += 1
 
-    edit_json(write_squad(tmp_path, 1) / "train-v1.1.json", shift)
     head = head_for("squad1", data=str(tmp_path))
+    edit_json(write_squad(tmp_path, 1, (300, 16)) / "train-v1.1.json", lambda content: shift(content, (3, 5)))
     split = finetune.load_split(head, "train", tokenizer)
-    printed = capsys.readouterr().out
-    assert "\n2 questions have no answer where the file says it is; the first: q0-3\n" in printed
-    assert [item.example for item in split.items if not item.target[2]] == [3, 5]
-    finetune.load_split(head, "dev", tokenizer)
-    assert "no answer" not in capsys.readouterr().out
+    assert "left out: 2 of 300 questions have no answer where the file says it is, the first: q0-3\n" in (
+        capsys.readouterr().out)
+    assert len(split.examples) == 298 and all(item.target[2] for item in split.items)
+
+    def recount(content, encoding, size):
+        for paragraph in content["data"][0]["paragraphs"]:
+            before = paragraph["context"][: paragraph["qas"][0]["answers"][0]["answer_start"]]
+            paragraph["context"] = "😀 " + paragraph["context"]
+            place = len(("😀 " + before).encode(encoding)) // size
+            paragraph["qas"][0]["answers"][0]["answer_start"] = place
+
+    for encoding, size, cause in (("utf-8", 1, "bytes of UTF-8"), ("utf-16-le", 2, "units of UTF-16")):
+        path = write_squad(tmp_path, 1) / "train-v1.1.json"
+        edit_json(path, lambda content: recount(content, encoding, size))  # noqa: B023
+        with pytest.raises(ValueError, match=f"64 of 64 questions.*{cause}, but must count characters"):
+            finetune.load_split(head, "train", tokenizer)
 
 
-def test_malformed_rows_can_be_left_out_and_are_counted(tmp_path, tokenizer, capsys):
-    place = write_glue(tmp_path, "qqp")
+def test_squad_as_hugging_face_has_it(tmp_path):
+    """Answers as a dict of lists, numbers as ids, and no answers where it is impossible."""
+    def rewrite(content):
+        for number, paragraph in enumerate(content["data"][0]["paragraphs"]):
+            (entry,) = paragraph["qas"]
+            answers = entry.pop("answers")
+            entry |= {"id": number, "is_impossible": not answers}
+            if answers:
+                keys = ("text", "answer_start")
+                entry["answers"] = {key: [answer[key] for answer in answers] for key in keys}
+
+    plain = read("squad2", write_squad(tmp_path, 2), "dev")
+    edit_json(tmp_path / "squad" / "dev-v2.0.json", rewrite)
+    rewritten = read("squad2", tmp_path, "dev")
+    assert [example.id for example in rewritten] == [str(number) for number in range(16)]
+    assert [example.label for example in rewritten] == [example.label for example in plain]
+    edit_json(tmp_path / "squad" / "dev-v2.0.json", lambda c: entry_of(c).update(id="0"))
+    with pytest.raises(ValueError, match="dev-v2.0.json: the id 0 occurs twice; give each its own"):
+        read("squad2", tmp_path, "dev")
+
+
+def test_malformed_rows_can_be_left_out_up_to_one_in_twenty(tmp_path, tokenizer, capsys):
+    """They are counted by label and reason: with a wrong --task a whole class would be gone."""
+    place = write_glue(tmp_path, "qqp", (200, 16, 4))
     replace_line(place / "train.tsv", 5, "broken")
     replace_line(place / "train.tsv", 9, "broken\ttoo")
-    finetune.load_split(head_for("qqp", data=str(place), skip_bad_rows=True), "train", tokenizer)
+    replace_line(place / "train.tsv", 11, "0\t0\t0\ta\tb\t2")
+    head = head_for("qqp", data=str(place), skip_bad_rows=True)
+    assert len(finetune.load_split(head, "train", tokenizer).examples) == 197
     printed = capsys.readouterr().out
-    assert "left out 2 malformed rows, the first: " in printed and "train.tsv: line 5: a text or" in printed
-    assert "qqp train: 62 examples" in printed
+    assert "left out of train 2 rows with label None: a text or label is missing" in printed
+    assert "left out of train 1 rows with label '2': label '2' is none of qqp's (0, 1)" in printed
+    text = (place / "train.tsv").read_text()
+    (place / "train.tsv").write_text(text.replace("\t1\n", "\tyes\n"))
+    with pytest.raises(ValueError, match="more than one row in twenty of train is malformed; is this qqp?"):
+        finetune.load_split(head, "train", tokenizer)
+
+
+def write_own(place: Path, ending: str, labels=("no", 'yes, "it" is')) -> Path:
+    """The rows of `sentences` as people have them: a table with other columns, or an object a line."""
+    place.mkdir(exist_ok=True)
+    for seed, (split, count) in enumerate((("train", 64), ("dev", 16), ("test", 4))):
+        rows = [{"id": f"r{i}", "text": a, "text_b": b, "note": "x, y"} for i, (a, b, _) in
+                enumerate(sentences(count, seed))]
+        for row, (*_, label) in zip(rows, sentences(count, seed)):
+            row |= {"label": labels[label]} if split != "test" else {}
+        with open(place / f"{split}.{ending}", "w", encoding="utf-8-sig", newline="") as file:
+            if ending == "jsonl":
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            else:
+                tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+                writer = csv.DictWriter(file, rows[0].keys(), **(tabs if ending == "tsv" else {}))
+                writer.writeheader()
+                writer.writerows(rows)
+    return place
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_ones_own_labels_are_learned_evaluated_and_predicted(tmp_path, model, ending, capsys):
+    place = write_own(tmp_path / "own", ending)
+    results = start("classification", place, model, tmp_path / "run", predict=True, epochs=12)
+    assert list(results["metrics"]) == ["accuracy", "f1_macro", "matthews_correlation"]
+    assert results["metrics"]["accuracy"] > 0.9
+    opened = roberta.RobertaForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert opened.config.id2label == {0: "no", 1: 'yes, "it" is'}
+    lines = (tmp_path / "run" / "predictions.tsv").read_text().splitlines()
+    header, *rows = [line.split("\t") for line in lines]
+    assert header == ["index", "prediction", "no", 'yes, "it" is']
+    assert [row[0] for row in rows] == ["r0", "r1", "r2", "r3"]
+    for _, prediction, *shares in rows:
+        assert prediction == header[2 + (float(shares[1]) > 0.5)] and sum(map(float, shares)) == pytest.approx(1)
+    # On new texts without labels, with nothing to train on; and with labels, of which one is new.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "dev.csv").write_text("sentence1,sentence2\nsun,mud\nrust,woe\n")
+    new = ("classification", tmp_path / "new", tmp_path / "run")
+    start(*new, tmp_path / "out", eval_only=True, predict=True)
+    assert "the dev set has no labels: no metrics" in capsys.readouterr().out
+    predicted = (tmp_path / "out" / "predictions.tsv").read_text().splitlines()[1:]
+    assert [row.split("\t")[1] for row in predicted] == ['yes, "it" is', "no"]
+    (tmp_path / "new" / "dev.csv").write_text("text,label\nsun,maybe\n")
+    message = "row 1: label 'maybe' is none of classification's (no, yes, \"it\" is)"
+    refused(command(*new, tmp_path / "no", eval_only=True), message, capsys)
+
+
+def test_ones_own_csv_gives_what_glues_file_gives(tmp_path, model):
+    glue = start("sst-2", write_glue(tmp_path, "sst-2"), model, tmp_path / "glue", epochs=2)
+    (tmp_path / "own").mkdir()
+    for split in ("train", "dev"):
+        text = (tmp_path / "SST-2" / f"{split}.tsv").read_text()
+        (tmp_path / "own" / f"{split}.csv").write_text(text.replace("sentence", "text").replace("\t", ","))
+    own = start("classification", tmp_path / "own", model, tmp_path / "out", epochs=2)
+    assert own["metrics"]["accuracy"] == glue["metrics"]["accuracy"] and own["eval_loss"] == glue["eval_loss"]
+
+
+def test_numbers_of_any_range_are_learned_and_come_out_as_they_are(tmp_path, model):
+    place = write_own(tmp_path / "own", "csv", ("-500.5", "90000"))
+    results = start("regression", place, model, tmp_path / "run", predict=True, epochs=12)
+    assert results["metrics"]["pearson"] > 0.9
+    classifier = roberta.RobertaForSequenceClassification.from_pretrained(tmp_path / "run")
+    texts, tokens = [("sun joy", "mud"), ("rust", "mud")], data.Tokenizer.from_pretrained(model)
+    high, low = (found["score"] for found in classifier.classify(texts, tokens))
+    assert high > 60_000 and low < 30_000
+    again = start("regression", place, tmp_path / "run", tmp_path / "again", eval_only=True)
+    assert again["metrics"] == pytest.approx(results["metrics"])
+    more = start("regression", place, tmp_path / "run", tmp_path / "more", peak_lr=1e-9, epochs=1)
+    assert more["metrics"]["pearson"] == pytest.approx(results["metrics"]["pearson"], abs=1e-3)
+
+
+@pytest.mark.parametrize("names, kept", [
+    (("ENTAILMENT", "Neutral", "contradiction"), True), (("LABEL_0", "LABEL_1", "LABEL_2"), True),
+    (("entailment", "neutral", "no"), False), (("LABEL_0", "LABEL_1"), False),
+])  # fmt: skip
+def test_labels_spelt_otherwise_are_the_same_labels(tmp_path, model, capsys, names, kept):
+    other = roberta.RobertaForSequenceClassification.from_pretrained(model, id2label=dict(enumerate(names)))
+    other.save_pretrained(tmp_path, data.Tokenizer.from_pretrained(model))
+    after = built("mnli", tmp_path)
+    printed = capsys.readouterr().out
+    assert ("its head, too" in printed) == kept and ("a fresh head: its labels are" in printed) != kept
+    if kept:
+        rows = [0, 1, 2] if "LABEL" in names[0] else [2, 1, 0]
+        assert torch.equal(after.classifier.out_proj.weight, other.classifier.out_proj.weight[rows])
+        assert list(after.config.id2label.values()) == ["contradiction", "neutral", "entailment"]
+
+
+def test_questions_may_have_two_to_ten_options(tmp_path, model):
+    write_race(tmp_path)
+
+    def fewer(content):
+        content["options"][0] = [option for option, name in zip(content["options"][0], "ABCD")
+                                 if name in ("A", content["answers"][0])] + ["dull"] * 3
+        content["answers"][0] = "A" if content["answers"][0] == "A" else "B"
+        content["options"][1] += ["mud"]
+
+    for path in (tmp_path / "RACE").glob("*/*/*.txt"):
+        edit_json(path, fewer)
+    results = start("race", tmp_path, model, tmp_path / "run", predict=True)
+    assert results["metrics"]["accuracy"] > 0.5  # by chance a quarter
+    header, *rows = (tmp_path / "run" / "RACE-probabilities.tsv").read_text().splitlines()
+    assert all(float(row.split("\t")[-1]) == 0 for row in rows) and len(rows) == 16
 
 
 def test_bad_flags_are_one_line(tmp_path, model, capsys):
@@ -298,7 +442,7 @@ def test_bad_flags_are_one_line(tmp_path, model, capsys):
         ([], "--task is missing"),
         (["--task", "rte"], "--data is missing"),
         (["--task", "rte", "--data", tmp_path], "--model is missing"),
-        (command("rte", tmp_path / "no", model, tmp_path / "run"), "no training and dev files of rte"),
+        (command("rte", tmp_path / "no", model, tmp_path / "run"), "no train set of rte (train.tsv) in"),
         (command("rte", tmp_path, model, tmp_path / "run", peak_lr="nan"), "--peak-lr nan must be"),
         (command("rte", tmp_path, model, tmp_path / "run", seq_len=500), "--seq-len 500 exceeds the 128"),
         (command("rte", tmp_path, tmp_path, tmp_path / "run"), "no model"),
@@ -493,7 +637,7 @@ def test_squad_v2_and_its_thresholds_by_hand():
 
 
 def test_losses_of_labels_choices_and_numbers_by_hand():
-    items = [finetune.Item([np.array([0, 5, 2])], i, target) for i, target in enumerate((0, 1))]
+    items = [finetune.Item([np.array([0, 5, 2])] * 2, i, target) for i, target in enumerate((0, 1))]
     scores = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     expected = -np.log(np.e**2 / (np.e**2 + 1)) - np.log(1 / (np.e**2 + 1))  # 0.13 + 2.13
     for task in ("rte", "race"):
@@ -657,8 +801,8 @@ def built(task: str, model, **changes) -> roberta.RobertaModelBase:
 @pytest.mark.parametrize("trained, task, kept", [
     ("mnli", "mnli", True), ("mnli", "rte", False), ("mnli", "race", False), ("qnli", "cola", False),
     ("qnli", "rte", True), ("cola", "sst-2", True), ("sts-b", "sts-b", True), ("race", "race", True),
-    ("squad1", "race", False), ("squad1", "squad1", True), ("squad1", "squad2", False),
-    ("squad2", "squad1", False), ("squad2", "squad2", True),
+    ("squad1", "race", False), ("squad1", "squad1", True), ("squad1", "squad2", True),
+    ("squad2", "squad1", True), ("squad2", "squad2", True),
 ])  # fmt: skip
 def test_the_encoder_is_kept_and_a_head_where_the_labels_are_spelt_alike(
         tmp_path, model, capsys, trained, task, kept):
@@ -666,13 +810,12 @@ def test_the_encoder_is_kept_and_a_head_where_the_labels_are_spelt_alike(
     before = built(trained, model, seed=1)
     torch.nn.init.normal_(next(before.roberta.parameters()))
     before.save_pretrained(tmp_path)
-    assert f"encoder from {model}, a fresh head\n" in capsys.readouterr().out
+    assert "a fresh head: the model is a RobertaForMaskedLM\n" in capsys.readouterr().out
     after = built(task, tmp_path)
     printed = capsys.readouterr().out
-    assert f"encoder from {tmp_path}, {'its head, too' if kept else 'a fresh head'}\n" in printed
-    expected = before.state_dict()
-    if not kept:
-        expected = built(task, model).state_dict() | before.roberta.state_dict(prefix="roberta.")
+    assert f"encoder from {tmp_path}, {'its head, too' if kept else 'a fresh head: '}" in printed
+    known = before.state_dict() if kept else before.roberta.state_dict(prefix="roberta.")
+    expected = built(task, model).state_dict() | known
     assert all(torch.equal(weight, expected[key]) for key, weight in after.state_dict().items())
 
 

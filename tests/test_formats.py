@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import sys
 import types
 from argparse import Namespace
@@ -12,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import make_documents
+from helpers import ends, make_documents
 
 import data
 import roberta
@@ -23,6 +24,11 @@ ODD = dict(vocab_size=97, hidden_size=12, num_hidden_layers=3, num_attention_hea
 KINDS = [RobertaForMaskedLM, RobertaForSequenceClassification, roberta.RobertaForQuestionAnswering,
          roberta.RobertaForMultipleChoice, roberta.RobertaForPreTraining]
 CLOSE = dict(atol=1e-5, rtol=1e-5)
+# As roberta-base and roberta-large-mnli were published with, but for the sizes.
+CONFIG_OF_2019 = ODD | {
+    "attention_probs_dropout_prob": 0.1, "finetuning_task": None, "hidden_act": "gelu", "num_labels": 2,
+    "hidden_dropout_prob": 0.1, "initializer_range": 0.02, "layer_norm_eps": 1e-5, "output_attentions": False,
+    "torchscript": False, "type_vocab_size": 1}
 
 
 def away_from_defaults(model, scale=0.1):
@@ -120,8 +126,36 @@ def test_a_run_stands_for_its_newest_checkpoint_until_it_has_a_model(tmp_path):
     assert roberta.find_model(tmp_path) == tmp_path
     assert roberta.weight_files(tmp_path) == [tmp_path / "model.safetensors"]
     assert roberta.read_config(tmp_path) == RobertaConfig(**ODD)
-    with pytest.raises(ValueError, match="nothing: no model"):
-        roberta.find_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-500"])
+def test_trainers_folder_opens_with_the_tokenizer_of_either_place(tmp_path, capsys, tokenizer, place):
+    ours(vocab_size=500).save_pretrained(tmp_path / "checkpoint-500")
+    (tmp_path / "checkpoint-1000").mkdir()  # killed before anything was in it
+    tokenizer.save_pretrained(tmp_path / place)
+    for directory in (tmp_path, tmp_path / "checkpoint-500"):
+        assert roberta.open_tokenizer(directory).fingerprint == tokenizer.fingerprint
+        roberta.main([str(directory), "a <mask>"])
+        assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+HUB = "no such directory. Nothing is downloaded: .* of this name, from https://huggingface.co/{}/tree/main\n?$"
+
+
+@pytest.mark.parametrize(("path", "message"), [
+    ("roberta-base", HUB.format("roberta-base")), ("Facebook.AI/x", HUB.format("Facebook.AI/x")),
+    ("./a/b/c", "a/b/c: no such directory\n?$"), ("/a/b", "^(error: )?/a/b: no such directory\n?$"),
+    ("a/model/config.json", "is a file; give its directory, a/model\n?$"),
+    ("empty", "empty: no model, but nothing; it takes config.json and one of model.safetensors, "),
+    ("a/other", "no model, but notes.txt, tf_model.h5; it takes config.json and one of model.safetensors, "),
+    (".", "no model here; give one of those below: ./a/model\n?$")])
+def test_a_path_to_no_model_gets_a_line_that_names_the_way_out(tmp_path, monkeypatch, capsys, path, message):
+    monkeypatch.chdir(tmp_path)
+    ours().save_pretrained("a/model")
+    for name in ("empty", "a/other/notes.txt", "a/other/tf_model.h5"):
+        os.makedirs(name)
+    for error in (refusal(path), ends(roberta.main, [path, "a <mask>"], 1, capsys)):
+        assert re.search(message, error) and len(error.splitlines()) == 1
 
 
 def test_a_head_that_is_not_there_or_for_other_labels_is_drawn_and_named(tmp_path, capsys):
@@ -132,13 +166,30 @@ def test_a_head_that_is_not_there_or_for_other_labels_is_drawn_and_named(tmp_pat
     assert other.config.id2label == names and other.classifier.out_proj.bias.shape == (2,)
     assert other.classifier.dense.weight.std().item() == pytest.approx(0.02, rel=0.3)
     assert torch.equal(other.roberta.blocks[0].ffn_in.weight, model.roberta.blocks[0].ffn_in.weight)
-    assert "note: no fitting classifier" in capsys.readouterr().err
-    answers = roberta.RobertaForQuestionAnswering.from_pretrained(tmp_path)
-    assert (answers.qa_outputs.weight != 0).all() and (answers.qa_outputs.bias == 0).all()
-    note = capsys.readouterr().err
-    assert "qa_outputs" in note and len(note.splitlines()) == 1
-    with pytest.raises(ValueError, match="LMHead: Missing"):  # without it there is no LM
-        RobertaForMaskedLM.from_pretrained(tmp_path)
+    drawn = "is drawn at random:"
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: classifier {drawn} the one there is for 3 labels, not 2\n")
+    # An LM head, too, but only where there is nothing of one: test_every_weight_is_accounted_for.
+    for kind, head in ((roberta.RobertaForQuestionAnswering, "qa_outputs"), (RobertaForMaskedLM, "lm_head")):
+        opened = getattr(kind.from_pretrained(tmp_path), head)
+        note = f"note: {tmp_path}: {head} {drawn} the model there has none\n"
+        assert capsys.readouterr().err == note
+        assert all((w == 0).all() for key, w in opened.state_dict().items() if key.endswith("bias"))
+    assert (opened.layer_norm.weight == 1).all()
+    assert opened.dense.weight.std().item() == pytest.approx(0.02, rel=0.3)
+    # The pooler of 2019's models is half of a head for multiple choice.
+    rewrite(tmp_path, lambda w: w.update({"roberta.pooler.dense.weight": torch.zeros(12, 12)}))
+    roberta.RobertaForMultipleChoice.from_pretrained(tmp_path)
+    assert f"choice {drawn} the model there has none\n" in capsys.readouterr().err
+
+
+def test_a_head_for_as_many_labels_keeps_their_names(tmp_path, capsys):
+    names = {i: f"label {i}" for i in range(12)}
+    ours(RobertaForSequenceClassification, id2label=names).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(config), sort_keys=True))  # "10" before "2"
+    opened = RobertaForSequenceClassification.from_pretrained(tmp_path, num_labels=12)
+    assert list(opened.config.id2label.items()) == list(names.items()) and capsys.readouterr().err == ""
 
 
 def test_dropout_can_be_changed_and_half_precision_becomes_whole(tmp_path):
@@ -197,11 +248,7 @@ def test_hugging_faces_files_open_here(oracle, tmp_path, form, changes, capsys):
 def test_a_config_of_2019_opens(oracle, tmp_path):
     """It states neither model_type nor the ids of special tokens, and num_labels without names."""
     model = theirs(oracle, tmp_path, RobertaForSequenceClassification, num_labels=3, vocab_size=90)
-    config = {"attention_probs_dropout_prob": 0.1, "finetuning_task": "mnli", "hidden_act": "gelu",
-              "hidden_dropout_prob": 0.1, "initializer_range": 0.02, "layer_norm_eps": 1e-5, "num_labels": 3,
-              "output_attentions": False, "torchscript": False, "type_vocab_size": 1}
-    config |= ODD | {"vocab_size": 90}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_OF_2019 | {"num_labels": 3, "vocab_size": 90}))
     weights = model.state_dict() | {"roberta.embeddings.position_ids": torch.arange(33)[None]}
     roberta.write_safetensors(tmp_path / "model.safetensors", weights)
     opened = RobertaForSequenceClassification.from_pretrained(tmp_path)
@@ -240,10 +287,18 @@ def test_hugging_face_opens_ours_as_it_stands(oracle, tmp_path, kind, tokenizer)
     assert {key.split(".")[0] for key in weights} == unknown
 
 
-def test_fill_mask_gives_the_same_as_their_pipeline(oracle, tmp_path, tokenizer):
-    transformers = oracle("transformers")
-    model = ours(vocab_size=500, initializer_range=0.5)
-    model.save_pretrained(tmp_path, tokenizer)
+@pytest.mark.parametrize("mask_id", [499, 4])
+def test_fill_mask_gives_the_same_as_their_pipeline(oracle, tmp_path, tokenizer, mask_id):
+    """Whether <mask> is the last, as in RoBERTa, or the fifth, as the recipe with their trainer has it."""
+    transformers, library = oracle("transformers"), oracle("tokenizers").ByteLevelBPETokenizer()
+    if mask_id == 4:
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        library.train_from_iterator(make_documents(200), 500, show_progress=False, special_tokens=specials)
+        library.save_model(str(tmp_path))
+        tokenizer = data.Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.mask_id == mask_id
+    ours(vocab_size=500, initializer_range=0.5).save_pretrained(tmp_path, tokenizer)
+    model, tokenizer = RobertaForMaskedLM.from_pretrained(tmp_path), data.Tokenizer.from_pretrained(tmp_path)
     pipeline = transformers.pipeline("fill-mask", str(tmp_path), top_k=5)
     for text in ("He said<mask> again.", "<mask> of the", "a b c <mask>", "one <mask> two <mask>."):
         found, expected = model.fill_mask(text, tokenizer), pipeline(text)
@@ -320,13 +375,35 @@ def test_fairseqs_files_open_here(oracle, tmp_path, monkeypatch, old):
         patch.setattr(Node, "__module__", "omegaconf.dictconfig")
         content = fairseq_checkpoint(model, old)
         torch.save(content, path, _use_new_zipfile_serialization=not old)
-    if old:  # NumPy's module had not got its underscore yet
+    assert b"_codecs" in path.read_bytes()  # with which NumPy's numbers are pickled
+    if old:  # before NumPy's module got its underscore, and after
+        RobertaForMaskedLM.from_pretrained(tmp_path)
         path.write_bytes(path.read_bytes().replace(b"numpy._core", b"numpy.core"))
     opened = RobertaForMaskedLM.from_pretrained(tmp_path)
     assert_same_outputs(opened, model)
     assert opened.config.max_tokens == 31 and "omegaconf.dictconfig" not in sys.modules
     opened.save_pretrained(tmp_path / "ours")
     assert_same_weights(RobertaForMaskedLM.from_pretrained(tmp_path / "ours"), opened)
+
+
+@pytest.mark.parametrize(("names", "labels"), [
+    (["mnli"], ["contradiction", "neutral", "entailment"]),
+    (["sentence_classification_head", "mnli"], ["LABEL_0", "LABEL_1", "LABEL_2"])])
+def test_fairseqs_named_heads_become_classifiers(oracle, tmp_path, capsys, names, labels):
+    model = theirs(oracle, tmp_path / "hf", RobertaForSequenceClassification, num_labels=3)
+    masked = theirs(oracle, tmp_path / "hf", RobertaForMaskedLM)
+    content = fairseq_checkpoint(masked, old=True)
+    for key, weight in model.classifier.state_dict().items():
+        for i, name in enumerate(names):
+            content["model"][f"classification_heads.{name}.{key}"] = weight + i
+    torch.save(content, tmp_path / "model.pt")
+    capsys.readouterr()
+    opened = roberta.open_model(tmp_path)
+    assert list(opened.config.id2label.values()) == labels
+    assert_same_weights(opened.classifier, model.classifier)
+    said = f"note: of the heads {', '.join(names)} the first is taken\n" if len(names) > 1 else ""
+    assert capsys.readouterr().err == said
+    assert_same_outputs(RobertaForMaskedLM.from_pretrained(tmp_path), masked)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -351,11 +428,16 @@ def test_other_files_of_fairseq_are_refused(oracle, tmp_path, change, message):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def assert_refused(directory, message=None):
-    """Opening must fail with one line that names the directory, or a file in it."""
+def refusal(directory, message=None):
     with pytest.raises(ValueError, match=message) as error:
         RobertaForMaskedLM.from_pretrained(directory)
-    assert str(directory) in str(error.value) and len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def assert_refused(directory, message=None):
+    """Opening must fail with one line that names the directory, or a file in it."""
+    error = refusal(directory, message)
+    assert str(directory) in error and len(error.splitlines()) == 1
 
 
 BIAS = "roberta.encoder.layer.1.output.dense.bias"

@@ -3,11 +3,12 @@
 import json
 import lzma
 import random
+import shutil
 
 import pytest
 import torch
 from helpers import PUBLISHED, make_documents
-from test_formats import CLOSE
+from test_formats import CLOSE, CONFIG_OF_2019
 from test_formats import theirs as make_theirs
 from torch.nn import functional as F
 
@@ -95,6 +96,31 @@ def test_every_model_equals_hugging_faces(oracle, tmp_path, kind, shape):
     hidden = theirs.base_model(input_ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
     for a, b in zip(ours.extract_features(input_ids, return_all_hiddens=True), hidden, strict=True):
         torch.testing.assert_close(a[mask], b[mask], **CLOSE)
+
+
+WORDS = {"vocab_size": 50265, "max_position_embeddings": 514}  # roberta-base's; its other sizes are cut
+LATER = {"model_type": "roberta", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+
+
+@needs_published("roberta_base/tokenizer.json")
+@pytest.mark.parametrize(("added", "weights"), [({}, "pytorch_model.bin"), (LATER, "model.safetensors")])
+def test_roberta_base_with_its_published_tokenizer(oracle, tmp_path, added, weights):
+    theirs = make_theirs(oracle, tmp_path, **ODD | WORDS)
+    shutil.copytree(PUBLISHED / "roberta_base", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_OF_2019 | ODD | WORDS | added))
+    if weights == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / weights)
+    model, tokenizer = RobertaForMaskedLM.from_pretrained(tmp_path), data.Tokenizer.from_pretrained(tmp_path)
+    input_ids = model.encode(["Hello world!", "Hello"], tokenizer)
+    assert input_ids.tolist() == [[0, 31414, 232, 328, 2], [0, 31414, 2, 1, 1]]
+    real = input_ids != 1
+    expected = theirs(input_ids, attention_mask=real.long()).logits
+    torch.testing.assert_close(model(input_ids)[real], expected[real], **CLOSE)
+    model.save_pretrained(tmp_path / "saved", tokenizer)
+    text = "The capital of France is<mask>."
+    pipeline = oracle("transformers").pipeline("fill-mask", str(tmp_path / "saved"))
+    assert [x["token"] for x in pipeline(text)] == [x["token"] for x in model.fill_mask(text, tokenizer)]
 
 
 # ----------------------------------------------------------------------------------------------------------

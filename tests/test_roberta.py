@@ -192,6 +192,63 @@ def test_features(model, input_ids, tokenizer):
         wide.extract_features("abc")
 
 
+def leaves(result):
+    """The numbers and texts in a result, however nested."""
+    parts = list(result.values()) if isinstance(result, dict) else result
+    return [leaf for part in parts for leaf in leaves(part)] if isinstance(parts, list) else [parts]
+
+
+TEXTS, PAIRS = ["a b", "a", "b a b c b a", "", " c"], [("a", "b c"), ("a b a b", "c b"), ("", "a")]
+MASKED = ["a <mask> c", "<mask> b a <mask>", "b b <mask>", "<mask>", "a b c<mask> b"]
+
+
+@pytest.mark.parametrize(("kind", "method", "texts", "changes"), [
+    (RobertaForMaskedLM, "fill_mask", MASKED, {}),
+    (RobertaForSequenceClassification, "classify", TEXTS + PAIRS, {"num_labels": 3}),
+    (RobertaForSequenceClassification, "classify", TEXTS + PAIRS, {"num_labels": 1}),
+    (roberta.RobertaForQuestionAnswering, "answer", PAIRS, {}),
+    (roberta.RobertaForQuestionAnswering, "answer", PAIRS, {"answerability": True}),
+    (RobertaModel, "extract_features", TEXTS + PAIRS, {}),
+], ids=range(6))
+def test_a_list_gives_what_its_texts_give_one_by_one(tokenizer, monkeypatch, kind, method, texts, changes):
+    """Padded, two at a time, without dropout; a pair is a tuple, and a list of two is none."""
+    monkeypatch.setattr(roberta, "AT_ONCE", 2)
+    torch.manual_seed(0)
+    model, sizes = kind(replace(ODD, vocab_size=270, hidden_dropout_prob=0.5, **changes)), []
+    encoder = getattr(model, "roberta", model)
+    encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for batch in (texts, texts[:2], texts[1:2]):
+        together = getattr(model, method)(batch, tokenizer)
+        alone = [getattr(model, method)(text, tokenizer) for text in batch]
+        assert len(together) == len(batch) and max(sizes) <= 2
+        for a, b in zip(together, alone):
+            if kind is RobertaModel:
+                a, b = a[: b.shape[1]].tolist(), b[0].tolist()
+            assert leaves(a) == pytest.approx(leaves(b), abs=1e-5)
+    assert model.training
+
+
+def test_results_are_what_the_docstrings_say(tokenizer):
+    names = {0: "bad", 1: "good", 2: "neither"}
+    config = replace(ODD, vocab_size=270, id2label=names, num_labels=3)
+    model = RobertaForSequenceClassification(config).eval()
+    probabilities = model(model.encode(("a b", "c"), tokenizer))[0].softmax(0).tolist()
+    found = model.classify(("a b", "c"), tokenizer)
+    assert list(found) == ["bad", "good", "neither"] and leaves(found) == pytest.approx(probabilities)
+    number = RobertaForSequenceClassification(replace(ODD, vocab_size=270, num_labels=1)).eval()
+    assert number.classify("a", tokenizer) == {"score": number(number.encode("a", tokenizer)).item()}
+    answers = roberta.RobertaForQuestionAnswering(replace(config, answerability=True))
+    assert list(answers.answer(("a", "b"), tokenizer)) == ["answer", "score", "answerable"]
+    for method, text, message in (
+            (answers.answer, ("a b", " \n"), "a passage that is not empty; got .'a b', ' "),
+            (answers.answer, "ab", "needs a question and a passage"),
+            (model.classify, ("a", "b", "c"), "a list of these, not .'a', 'b', 'c'"),
+            (model.classify, [["a", "b"]], "a list of these, not .'a', 'b'"),
+            (model.classify, ["a", "a b c " * 9], "30 tokens for 21 positions")):
+        with pytest.raises(ValueError, match=message):
+            method(text, tokenizer)
+
+
 def save_with_bias(kind, directory, tokenizer, **biases):
     """A saved model whose head prefers what a large bias says, whatever the text."""
     model = kind(replace(ODD, vocab_size=tokenizer.vocab_size, num_labels=3))
@@ -212,7 +269,7 @@ def test_fill_mask(tmp_path, tokenizer):
     two = model.fill_mask("<mask> <mask>", tokenizer)
     assert len(two) == 2 and two[0][0]["sequence"] == " b <mask>" and two[1][0]["sequence"] == "<mask> b"
     assert len(roberta.RobertaForPreTraining(model.config).fill_mask("a <mask>", tokenizer)) == 5
-    with pytest.raises(ValueError, match="no <mask>"):
+    with pytest.raises(ValueError, match="not a text with <mask>, .*: 'a b'$"):
         model.fill_mask("a b", tokenizer)
 
 
@@ -241,8 +298,12 @@ def test_the_command_does_what_each_model_is_for(tmp_path, tokenizer, capsys):
 
 def test_the_commands_errors_are_one_line(tmp_path, tokenizer, capsys):
     save_with_bias(RobertaForMaskedLM, tmp_path, tokenizer)
+    answers, encoder = tmp_path / "answers", tmp_path / "encoder"
+    save_with_bias(roberta.RobertaForQuestionAnswering, answers, tokenizer)
+    save_with_bias(RobertaModel, encoder, tokenizer)
     for arguments in ((tmp_path, "no mask"), (tmp_path / "nowhere", "a <mask>"), (tmp_path, "<mask>", "b"),
-                      (tmp_path, "<mask>", "--top-k", "0"), (tmp_path, "a b c " * 100 + "<mask>")):
+                      (tmp_path, "<mask>", "--top-k", "0"), (tmp_path, "a b c " * 100 + "<mask>"),
+                      (answers, "a?"), (answers, "a?", ""), (answers, "a", "b", "c"), (encoder, "a")):
         error = ends(roberta.main, arguments, 1, capsys)
         assert error.startswith("error: ") and len(error.splitlines()) == 1
 
