@@ -1520,9 +1520,11 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     """Returns a directory's tokenizer; see Tokenizer.from_pretrained."""
     readers = {("tokenizer.json",): read_tokenizer_json, ("vocab.json", "merges.txt"): read_gpt2_tokenizer,
                ("encoder.json", "vocab.bpe", "dict.txt"): read_fairseq_tokenizer}
-    # An unfinished run has its tokenizer in its checkpoints only, a prepared directory in tokenizer/.
+    # An unfinished run has its tokenizer in its checkpoints only, a prepared directory in tokenizer/; and
+    # Hugging Face's Trainer may have put it beside the checkpoints only.
     checkpoints = sorted(directory.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[-1]))
-    for place in (directory, directory / "tokenizer", *checkpoints[-1:]):
+    above = [directory.parent] if directory.name.startswith("checkpoint-") else []
+    for place in (directory, directory / "tokenizer", *reversed(checkpoints), *above):
         for names, read in readers.items():
             if all((place / name).is_file() for name in names):
                 try:

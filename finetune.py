@@ -1328,7 +1328,7 @@ def train_models(head: Head, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
     # Texts are read and encoded once for all runs. Each run keeps its own directory inside --out, so the same
     # command goes on in the run that was interrupted.
     config, runs = head.config, settings_of(head.config)
-    tokenizer = roberta.open_tokenizer(config.model)
+    tokenizer = Tokenizer.from_pretrained(config.model)
     roberta.check_tokenizer(tokenizer, roberta.read_config(config.model))
     splits = {name: load_split(head, name, tokenizer) for name in ("train", "dev")}
     if head.task.name == "regression":
@@ -1413,7 +1413,7 @@ def evaluate_models(head: Head, models: Sequence[str], ranks: Ranks) -> dict:
 
 def average(head: Head, models: Sequence[str], name: str, ranks: Ranks) -> tuple[Split, np.ndarray, list]:
     """A split, the mean over the models of their probabilities (§5.1), and what is predicted from it."""
-    tokenizer = roberta.open_tokenizer(models[0])
+    tokenizer = Tokenizer.from_pretrained(models[0])
     split, probabilities = load_split(head, name, tokenizer), []
     # One model in memory at a time. They are to agree in what an item is, so in the tokenizer.
     for path in models:
@@ -1423,7 +1423,7 @@ def average(head: Head, models: Sequence[str], name: str, ranks: Ranks) -> tuple
             reason = "it does not judge whether there is an answer"
         if reason:
             raise ValueError(f"{path} has no head for {head.task.name} ({reason}); train one first")
-        if roberta.open_tokenizer(path).fingerprint != tokenizer.fingerprint:
+        if Tokenizer.from_pretrained(path).fingerprint != tokenizer.fingerprint:
             raise ValueError(f"{path} and {models[0]} cannot be averaged: they have different tokenizers")
         probabilities.append(predict(model.to(ranks.device), head, split, ranks)[0])
     mean = np.mean(probabilities, axis=0)

@@ -22,10 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import math
-import os
 import re
 import sys
 import zipfile
@@ -914,21 +912,8 @@ def why_no_model(directory: Path) -> str:
                   f"name, from https://huggingface.co/{directory}/tree/main")
         may_be_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(directory))
         return f"{directory}: no such directory{advice if may_be_name else ''}"
-    # Whoever is a few directories too high finds the way below. (At most a thousand are looked at.)
-    places = [place for place, _, _ in itertools.islice(os.walk(directory), 1000)]
-    if below := [place for place in sorted(places) if weight_files(place)]:
-        return f"{directory}: no model here; give one of those below: {', '.join(below[:5])}"
     holds = ", ".join(sorted(path.name for path in directory.iterdir())[:10]) or "nothing"
     return f"{directory}: no model, but {holds}; it takes config.json and one of {', '.join(WEIGHT_FILES)}"
-
-
-def open_tokenizer(directory: str | Path) -> Tokenizer:
-    """Returns the tokenizer of the model in a directory. Raises: ValueError where there is none."""
-    place = find_model(directory)
-    # Hugging Face's Trainer may have put it beside the checkpoints only.
-    own = any((place / name).is_file() for name in ("tokenizer.json", "vocab.json", "encoder.json"))
-    above = place.name.startswith("checkpoint-") and not own
-    return Tokenizer.from_pretrained(place.parent if above else place)
 
 
 def read_model(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -1009,16 +994,13 @@ def from_fairseq(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Ten
                "max_position_embeddings": len(weights["roberta.embeddings.position_embeddings.weight"]),
                "hidden_act": plain(arguments.get("activation_fn", "gelu")),
                "tie_word_embeddings": not plain(arguments.get("untie_weights_roberta", False))}
-    # Heads have names there, and a model may have several.
-    names = re.findall(r"classification_heads\.([^. ]+)\.out_proj\.weight", " ".join(weights))
-    if len(names) > 1:
-        print(f"note: of the heads {', '.join(names)} the first is taken", file=sys.stderr)
-    if names:
-        name = names[0]
-        weights = rename(weights, [(f"classification_heads.{name}.", "classifier.")])
+    # Heads have names there. A model may have several; the first is taken.
+    found = re.search(r"classification_heads\.([^. ]+)\.out_proj\.weight", " ".join(weights))
+    if found:
+        weights = rename(weights, [(f"classification_heads.{found[1]}.", "classifier.")])
         # What the labels mean is in none of its files, but that of the published model is known.
         entries["num_labels"] = len(weights["classifier.out_proj.weight"])
-        if name == "mnli" and entries["num_labels"] == 3:
+        if found[1] == "mnli" and entries["num_labels"] == 3:
             entries["id2label"] = {0: "contradiction", 1: "neutral", 2: "entailment"}
     return entries, weights
 
@@ -1139,8 +1121,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
-        tokenizer = open_tokenizer(options.model)
-        for line in results(open_model(options.model), options.text, tokenizer, options.top_k):
+        model, tokenizer = open_model(options.model), Tokenizer.from_pretrained(options.model)
+        for line in results(model, options.text, tokenizer, options.top_k):
             print(line.replace("\n", "\\n"))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -365,7 +365,8 @@ def test_ones_own_labels_are_learned_evaluated_and_predicted(tmp_path, model, en
     assert header == ["index", "prediction", "no", 'yes, "it" is']
     assert [row[0] for row in rows] == ["r0", "r1", "r2", "r3"]
     for _, prediction, *shares in rows:
-        assert prediction == header[2 + (float(shares[1]) > 0.5)] and sum(map(float, shares)) == pytest.approx(1)
+        assert prediction == header[2 + (float(shares[1]) > 0.5)]
+        assert sum(map(float, shares)) == pytest.approx(1)
     # On new texts without labels, with nothing to train on; and with labels, of which one is new.
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "dev.csv").write_text("sentence1,sentence2\nsun,mud\nrust,woe\n")

@@ -134,7 +134,7 @@ def test_trainers_folder_opens_with_the_tokenizer_of_either_place(tmp_path, caps
     (tmp_path / "checkpoint-1000").mkdir()  # killed before anything was in it
     tokenizer.save_pretrained(tmp_path / place)
     for directory in (tmp_path, tmp_path / "checkpoint-500"):
-        assert roberta.open_tokenizer(directory).fingerprint == tokenizer.fingerprint
+        assert data.Tokenizer.from_pretrained(directory).fingerprint == tokenizer.fingerprint
         roberta.main([str(directory), "a <mask>"])
         assert len(capsys.readouterr().out.splitlines()) == 5
 
@@ -148,7 +148,7 @@ HUB = "no such directory. Nothing is downloaded: .* of this name, from https://h
     ("a/model/config.json", "is a file; give its directory, a/model\n?$"),
     ("empty", "empty: no model, but nothing; it takes config.json and one of model.safetensors, "),
     ("a/other", "no model, but notes.txt, tf_model.h5; it takes config.json and one of model.safetensors, "),
-    (".", "no model here; give one of those below: ./a/model\n?$")])
+    ("a", "a: no model, but model, other; it takes config.json and one of model.safetensors, ")])
 def test_a_path_to_no_model_gets_a_line_that_names_the_way_out(tmp_path, monkeypatch, capsys, path, message):
     monkeypatch.chdir(tmp_path)
     ours().save_pretrained("a/model")
@@ -401,8 +401,7 @@ def test_fairseqs_named_heads_become_classifiers(oracle, tmp_path, capsys, names
     opened = roberta.open_model(tmp_path)
     assert list(opened.config.id2label.values()) == labels
     assert_same_weights(opened.classifier, model.classifier)
-    said = f"note: of the heads {', '.join(names)} the first is taken\n" if len(names) > 1 else ""
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == ""
     assert_same_outputs(RobertaForMaskedLM.from_pretrained(tmp_path), masked)
 
 
