@@ -954,16 +954,15 @@ def with_answers(examples: list[Example]) -> list[Example]:
     """
     lost = [example for example in examples if example.label and not first_answer(example)]
     if lost:
-        (passage, (begin, text)) = lost[0].texts[1], lost[0].label[0]
-        encodings = {"in bytes of UTF-8": ("utf-8", 1), "in units of UTF-16": ("utf-16-le", 2)}
-        guess = [way for way, (name, size) in encodings.items()
-                 if passage.encode(name)[size * begin :].startswith(text.encode(name))]
-        cause = f"; its answer_start counts {guess[0]}, but must count characters" if guess else ""
-        message = f"{len(lost):,} of {len(examples):,} questions have no answer where the file says it is, "
-        message += f"the first: {lost[0].id}{cause}"
+        passage, (begin, text) = lost[0].texts[1], lost[0].label[0]
+        cause = ""
+        for unit, encoding, size in (("bytes of UTF-8", "utf-8", 1), ("units of UTF-16", "utf-16-le", 2)):
+            if passage.encode(encoding)[size * begin :].startswith(text.encode(encoding)):
+                cause = f": its answer_start counts {unit}, but must count characters"
+        message = f"{len(lost):,} of {len(examples):,} questions have no answer where the file says it is"
         if 100 * len(lost) > len(examples):
-            raise ValueError(message)
-        say(f"left out: {message}")
+            raise ValueError(f"{message}; the first is {lost[0].id}{cause}")
+        say(f"left out: {message}; the first is {lost[0].id}{cause}")
     return [example for example in examples if not example.label or first_answer(example)]
 
 
@@ -1019,25 +1018,21 @@ def build_model(head: Head) -> nn.Module:
     if reason:  # an encoder that was saved by itself is the whole model
         model.roberta.load_state_dict(getattr(found, "roberta", found).state_dict())
     else:  # only v2.0 asks whether there is an answer, so this part of a head may be missing or too much
-        scale_head(head, found, back=True)
+        if head.task.name == "regression":  # trained without mean and deviation, saved with them
+            scale_head(found, -head.task.mean / head.task.deviation, 1 / head.task.deviation)
         kept = {name: weight for name, weight in found.state_dict().items() if name in model.state_dict()}
         model.load_state_dict(model.state_dict() | kept)
     say(f"encoder from {config.model}, {f'a fresh head: {reason}' if reason else 'its head, too'}")
     return model
 
 
-def scale_head(head: Head, model: nn.Module, back: bool = False) -> None:
-    """Makes a model that gives numbers in units of their deviation give them as they are, or back."""
-    if (head.task.mean, head.task.deviation) == (0.0, 1.0):
-        return
+def scale_head(model: nn.Module, mean: float, deviation: float) -> None:
+    """Makes a model that gives numbers x give x * deviation + mean."""
     layer = model.classifier.out_proj
     with torch.no_grad():
-        if back:
-            layer.bias -= head.task.mean
-        for parameter in layer.parameters():
-            parameter *= 1 / head.task.deviation if back else head.task.deviation
-        if not back:
-            layer.bias += head.task.mean
+        layer.weight *= deviation
+        layer.bias *= deviation
+        layer.bias += mean
 
 
 def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict[str, Split]) -> dict[str, Any]:
@@ -1065,7 +1060,7 @@ def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict[str
             train.publish(out, best)
             if head.task.name == "regression":
                 model = roberta.open_model(best)
-                scale_head(head, model)
+                scale_head(model, head.task.mean, head.task.deviation)
                 model.save_pretrained(out)
             data.write_json(out / "results.json", results)
         ranks.meet("the end of a run")

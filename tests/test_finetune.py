@@ -277,7 +277,7 @@ def test_squad_answers_that_are_not_where_the_file_says_teach_nothing(tmp_path, 
     head = head_for("squad1", data=str(tmp_path))
     edit_json(write_squad(tmp_path, 1, (300, 16)) / "train-v1.1.json", lambda content: shift(content, (3, 5)))
     split = finetune.load_split(head, "train", tokenizer)
-    assert "left out: 2 of 300 questions have no answer where the file says it is, the first: q0-3\n" in (
+    assert "left out: 2 of 300 questions have no answer where the file says it is; the first is q0-3\n" in (
         capsys.readouterr().out)
     assert len(split.examples) == 298 and all(item.target[2] for item in split.items)
 

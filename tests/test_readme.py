@@ -1,10 +1,14 @@
 """The README says what is there: names, tags, flags and commands."""
 
+import json
 import re
 import shlex
+import shutil
 
 import pytest
-from helpers import ROOT
+from helpers import PUBLISHED, ROOT, make_documents, run
+from test_finetune import write_glue
+from test_formats import CONFIG_OF_2019
 
 import data
 import finetune
@@ -63,6 +67,36 @@ def test_commands_parse():
             parser.parse_args(words[words.index("data.py") + 2 :])
             found += 1
     assert found >= 9
+
+
+@pytest.mark.slow
+def test_published_models_go_through_every_command_of_their_section(tmp_path):
+    """With roberta-base's tokenizer files and its config.json of 2019, smaller, and random weights."""
+    if not (PUBLISHED / "roberta_base").exists():
+        pytest.skip(f"not in {PUBLISHED}: roberta_base; set ROBERTA_DATA")
+    base = tmp_path / "roberta-base"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    shape = roberta.RobertaConfig.base(**sizes)
+    roberta.RobertaForMaskedLM(shape).save_pretrained(base)
+    shutil.copytree(PUBLISHED / "roberta_base", base, dirs_exist_ok=True)
+    sizes |= {"vocab_size": shape.vocab_size, "max_position_embeddings": shape.max_position_embeddings}
+    (base / "config.json").write_text(json.dumps(CONFIG_OF_2019 | sizes))
+    write_glue(tmp_path / "glue", "mnli", (8, 4, 2))
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "a.txt").write_text("\n\n".join(make_documents(60)))
+    (tmp_path / "other.txt").write_text("\n\n".join(make_documents(40, seed=1)))
+    smaller = {"roberta.py": "", "finetune.py": " --epochs 1 --seq-len 32",
+               "train.py": " --max-steps 2 --warmup-steps 1 --batch-size 4 --seq-len 32 --eval-sequences 8"}
+    section = README.split("## Published models")[1].split("```")[1]
+    commands = re.findall(r"(?:torchrun|python) (\S+\.py) (.*)", section)
+    assert len(commands) == 4
+    for script, flags in commands:
+        done = run(ROOT / script, *shlex.split(flags + smaller[script]), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "runs/papers/log.jsonl").read_text().splitlines()]
+    assert log[0]["step"] == 0 and log[0]["eval_perplexity"] > 1
+    assert json.loads((tmp_path / "runs/mnli/results.json").read_text())["metrics"].keys() >= {"accuracy"}
+    assert [path.name for path in (tmp_path / "runs/other").iterdir()] == ["results.json"]
 
 
 def test_requirements_pin_what_the_project_allows():
