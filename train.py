@@ -2,6 +2,7 @@
 
     torchrun train.py                                            # tiny, on the documentation installed here
     torchrun train.py --preset base --data prepared --out runs/mine
+    torchrun train.py --init-from DIR --data my-texts --out runs/mine    # goes on from a model's weights
     torchrun --nproc-per-node 8 --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 train.py ...
     python train.py                                              # in one process, without torchrun
 
@@ -16,11 +17,12 @@ without dropout, more ranks or smaller micro-batches change nothing but rounding
 
 Part I is what the paper says; Part II is ranks, checkpoints, logs and the ways in which a run ends. What Part
 I needs of it: `Ranks` says which of the processes this is, and has `meet`, where all wait for all, and `sum`,
-a sum over all; `Progress` says where a run stands; `open_data` and `begin_pretraining` make the parts of a
-run; `log`, `log_result`, `plot_log`, `save` and `finish` write; `stop_signals` and `stop_asked` notice that
-the run is to end; `held_by_first_rank` keeps others out of the directory. `DIFFERS:` tags a departure from
-the paper, `CHOICE:` what it leaves open. Legend: B micro-batch, T tokens, M predicted places, V vocabulary. A
-rank is one of the processes of a run.
+a sum over all; `Progress` says where a run stands; `open_data`, `settle`, `make_batches` and
+`begin_pretraining` make the parts of a run; `log`, `log_result`, `foretell`, `plot_log`, `save` and `finish`
+write; `stop_signals` and `stop_asked` notice that the run is to end; `held_by_first_rank` keeps others out of
+the directory. `DIFFERS:` tags a departure from the paper, `CHOICE:` what it leaves open. Legend: B
+micro-batch, T tokens, M predicted places, V vocabulary; C, F and H as in roberta.py. A rank is one of the
+processes of a run.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -99,8 +101,12 @@ class TrainConfig(RunConfig):
     and then the flags'.
     """
 
-    preset: Literal["tiny", "base", "large"] = flag("tiny", "size and schedule", "Table 9; tiny: a laptop")
+    preset: Literal["tiny", "base", "large"] = flag(
+        "tiny", "size and schedule; beside --init-from the schedule alone", "Table 9; tiny: a laptop")
     data: str | None = flag(None, "prepared directory, or text; none: documentation here", may_change=True)
+    init_from: str | None = flag(None, "go on from the weights of the model in this directory")
+    eval_only: bool = flag(False, "only evaluate the model of --init-from on --data's held-out part",
+                           may_change=True)
     max_steps: int = flag(500_000, "optimiser steps", "Table 9", low=1, may_change=True)
     warmup_steps: int = recipe(24_000, "of linear warm-up", "Table 9", low=0, may_change=True)
     seq_len: int = recipe(512, "tokens a sequence at most", "§2", low=1)
@@ -137,14 +143,25 @@ def large() -> TrainConfig:
     return TrainConfig(preset="large", warmup_steps=30_000, peak_lr=4e-4)
 
 
-def model_config(config: TrainConfig, vocab_size: int) -> RobertaConfig:
-    """Returns the preset's model with the flags' changes, for inputs of `seq_len` tokens."""
+PRESETS = {"tiny": tiny, "base": base, "large": large}
+
+
+def model_config(config: TrainConfig, vocab_size: int, initial: RobertaConfig | None = None) -> RobertaConfig:
+    """Returns the preset's model with the flags' changes, for inputs of `seq_len` tokens.
+
+    initial: of the model at --init-from, which keeps its shape.
+    """
+    changes: dict[str, Any] = {}
+    if config.dropout is not None:
+        changes |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    # Weights that exist fit one shape; dropout has none.
+    if initial is not None:
+        return replace(initial, **changes)
+
     # What no flag names is the preset's.
     preset = getattr(RobertaConfig, config.preset)()
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    if config.dropout is not None:
-        changes |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    changes |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     # Positions are numbered from pad_token_id + 1 = 2 on, so 512 of them need a table of 514.
     longest = max(preset.max_position_embeddings, config.seq_len + preset.pad_token_id + 1)
     # Two types of token, for the two segments of a pair (§4.2); else one.
@@ -252,6 +269,7 @@ class Training:
     window: Tensor | float = 0.0
     window_counts: np.ndarray | int = 0  # what each loss is divided by, over all ranks: the same on all
     lap_began: float = field(default_factory=time.monotonic)
+    is_timed: bool = False  # whether `foretell` has seen a micro-batch of this process
 
 
 def accumulate(training: Training, batches: Sequence, losses_of: Callable, counts: Sequence[int]) -> None:
@@ -274,7 +292,7 @@ def accumulate(training: Training, batches: Sequence, losses_of: Callable, count
     number over all micro-batches of all ranks, which every rank knows from the order of the data and need not
     ask for.
     """
-    ranks, progress = training.ranks, training.progress
+    ranks, progress, began = training.ranks, training.progress, time.monotonic()
     training.model.train()
     for number, batch in enumerate(batches):
         # Dropout depends on where in the run we are, not on how often a generator was asked before.
@@ -301,6 +319,7 @@ def accumulate(training: Training, batches: Sequence, losses_of: Callable, count
         # 32 can't count beyond 16 million tokens one by one.
         counted = torch.tensor([batch.num_tokens, batch.input_ids.size], device=ranks.device)
         training.window = training.window + torch.cat([torch.stack(list(sums)).detach().double(), counted])
+        foretell(training, began, len(batches))
     training.window_counts = training.window_counts + np.array(counts)
 
 
@@ -411,15 +430,20 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
     """Runs, or goes on with, the run that `config` describes; returns what results.json holds."""
     out = Path(config.out)
     with held_by_first_rank(out):
-        # The text, and the model where it stands: at its beginning, or at the newest checkpoint.
-        # From there on the config is as the run has it, with the precision that was chosen.
-        corpus, batches, held_out, ranks = open_data(config)
-        training, fingerprint = begin_pretraining(config, corpus, ranks)
-        config, progress = training.config, training.progress
+        # The text; what this machine decides; the order of the data; and the model where it stands, at its
+        # beginning or at the newest checkpoint.
+        corpus, held_out_corpus, shape, ranks = open_data(config, out / "data")
+        config = settle(config, shape, ranks)
+        batches, held_out = make_batches(config, corpus, held_out_corpus, ranks)
+        training, fingerprint = begin_pretraining(config, shape, corpus, ranks)
+        progress = training.progress
         losses_of = functools.partial(loss_sums, device=ranks.device)
         # Step 1 begins where one step has been read: that is how much of the data a step reads, in epochs.
         epochs_per_step = batches.step(1).epoch
         result = {}  # of the newest evaluation
+        # What a model from elsewhere knows of this text before it has read any: step 0, for comparison.
+        if config.init_from and progress.step == 0:
+            log_result(training, out, evaluate(training, held_out, corpus.unigram))
 
         with stop_signals() as received:
             # A thread makes the batches of the next steps while this one is computed.
@@ -454,6 +478,8 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------
 
 GO_ON = "the same command goes on from the last checkpoint"
+CONTINUE = ("Pretraining goes on with another learning rate, seed, batch or text from the weights that OUT "
+            "has come to, with --init-from OUT --out NEW")
 
 # ----------------------------------------------------------------------------------------------------------
 # Ranks and precision
@@ -552,12 +578,72 @@ def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def micro_batch_size(config: RunConfig, world_size: int) -> int:
-    """Returns --micro-batch-size, or the largest size up to 32 that divides each rank's share of a batch."""
+# ----------------------------------------------------------------------------------------------------------
+# Memory: how many sequences at once
+# ----------------------------------------------------------------------------------------------------------
+
+
+def micro_batch_size(config: RunConfig, world_size: int, most: float = 32) -> int:
+    """Returns --micro-batch-size, or the largest size up to `most` that divides each rank's share."""
     # Where ranks can't have equal shares, pretraining's `Batches` refuses; fine-tuning takes unequal ones.
     share = config.batch_size // world_size
-    largest = max((size for size in range(1, min(share, 32) + 1) if share % size == 0), default=1)
-    return config.micro_batch_size or largest
+    sizes = [size for size in range(1, min(share, 32) + 1) if share % size == 0 and size <= most]
+    return config.micro_batch_size or max(sizes, default=1)
+
+
+# The estimate below beside the peaks of two steps, in GB: fp32 on two cores with torch 2.13, `sequences` at
+# once of T tokens each. In 16 bits the last but one is 11.9 of 11.6. On a GPU it is counted, not measured.
+#
+#     model, layers    T   sequences      dropout 0.1          none
+#     tiny       2    512      16        0.75   1.00       0.47   0.58
+#     BASE       2    128      16        2.26   2.43       2.13   2.12
+#     BASE       2    512       8        3.29   3.97       2.64   2.61
+#     BASE       4    128      16        2.97   3.14       2.57   2.61
+#     BASE       4    512       2        2.71   2.86       2.28   2.23
+#     BASE       4    512      16        8.35   9.92       4.74   4.87
+#     BASE      12    512       4        7.33   8.16
+#     BASE      12    512       8       12.57  13.56       5.95   6.35
+#     BASE      12    128      16        6.09   5.98
+#
+# So in 24 GB BASE trains with 8 sequences of 512 at once: 16 would take 23 GB, and 32 were killed.
+
+
+def memory_needed(config: TrainConfig, shape: RobertaConfig, ranks: Ranks) -> tuple[float, float]:
+    """Returns how many bytes training takes in any case, and how many more for each sequence held at once."""
+    V, C, F, H = shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
+    on_cpu, size = ranks.device.type == "cpu", 4 if ranks.precision == "fp32" else 2
+    # In any case: a weight, its gradient and Adam's two moments, four bytes each; three V x C matrices while
+    # the head's gradient of the embeddings is added to the encoder's; and 0.3 GB for torch's own.
+    with torch.device("meta"):  # shapes without a content
+        parameters = RobertaForMaskedLM(shape).num_parameters()
+    fixed = 16 * parameters + 12 * V * C + 3e8
+
+    # What a block keeps of a token for its backward pass: the inputs of its matrices, C for queries, keys and
+    # values, C for out_proj, C for ffn_in and F for ffn_out; these three, 3C, and GELU's input, F; the noise
+    # of two dropouts, 2C; and the inputs of its two LayerNorms, which are in 32 bits always.
+    token, slack = size * (8 * C + 2 * F) + 8 * C, 1.15
+    # On a CPU no fused kernel drops attention weights: then they are there three times, before, after and as
+    # the noise, in 32 bits, and the C library's heap (`keep_freed_memory`) has larger holes.
+    if on_cpu and shape.attention_probs_dropout_prob > 0:
+        token, slack = token + 12 * H * config.seq_len, 1.6
+    # The embeddings add 3C, the head V logits for each prediction, their logarithms and their gradients.
+    around = 12 * C + 12 * V * config.mlm_probability
+    return fixed, slack * config.seq_len * (shape.num_hidden_layers * token + around)
+
+
+def free_memory(ranks: Ranks) -> float:
+    """Returns how many bytes this rank may still take: on its GPU, or of the machine or container."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.mem_get_info(ranks.device)[0]
+    free, groups = math.inf, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    # What a container may take, less what it has; files that the system remembers give way. "max": all.
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((groups / f"memory.{name}").read_text()) for name in ("max", "current"))
+        files = int((groups / "memory.stat").read_text().split("\nfile ")[1].split()[0])
+        free = min(free, limit - used + files)
+    return free / ranks_of_environment()[3]
 
 
 def begin(config: RunConfig, ranks: Ranks, model: RobertaModelBase) -> Training:
@@ -579,45 +665,91 @@ def begin(config: RunConfig, ranks: Ranks, model: RobertaModelBase) -> Training:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def open_data(config: TrainConfig) -> tuple[Corpus, Batches, Batches, Ranks]:
-    """Returns the training text, its batches, those of the held-out text, and the ranks.
+def open_data(config: TrainConfig, directory: Path) -> tuple[Corpus, Corpus, RobertaConfig, Ranks]:
+    """Returns the training and the held-out text, the shape of the model that reads them, and the ranks.
 
-    --data is taken as it is if it is prepared; else rank 0 prepares its text, and the others wait.
+    --data is taken as it is if it is prepared; else rank 0 prepares its text in `directory`, and the others
+    wait. Raises: ValueError where the text, the flags and the model of --init-from do not fit together.
     """
-    directory, texts = Path(config.data or "."), (config.data,) if config.data else ()
-    if not (texts and (directory / "manifest.json").exists()):
-        directory = Path(config.out) / "data"
-        if ranks_of_environment()[0] == 0:
-            data.prepare(data.PrepareConfig(texts, str(directory), config.vocab_size))
+    # What is wrong with a model from elsewhere shows before a text is prepared for it.
+    initial = initial_shape(config) if config.init_from else None
+    given, texts = Path(config.data or "."), (config.data,) if config.data else ()
+    if texts and (given / "manifest.json").exists():
+        directory = given
+    elif ranks_of_environment()[0] == 0:
+        data.prepare(data.PrepareConfig(texts, str(directory), config.vocab_size, config.init_from))
     ranks = set_up(config)
     # Corpus refuses what is not whole. One rank compares the checksums: all read the same files.
     corpus, held_out = Corpus(directory), Corpus(directory, "heldout")
     if ranks.rank == 0:
         corpus.verify()
         held_out.verify()
+    # An id must mean to the model what it means in the text.
+    found = corpus.tokenizer.fingerprint
+    if initial and (wanted := Tokenizer.from_pretrained(config.init_from).fingerprint) != found:
+        raise ValueError(f"{directory} is prepared with vocabulary {found}, and {config.init_from} has "
+                         f"{wanted}; give the text itself as --data, or prepare it with --tokenizer")
+    return corpus, held_out, model_config(config, corpus.vocab_size, initial), ranks
+
+
+def initial_shape(config: TrainConfig) -> RobertaConfig:
+    """Returns the shape of the model at --init-from. Raises: ValueError where the flags ask for more."""
+    # A run that has a checkpoint needs those weights no longer: they may have changed, or be gone.
+    if checkpoints(Path(config.out)):
+        return RobertaConfig(**run_before(Path(config.out)).get("model", {}))
+    shape = roberta.read_config(config.init_from)
+    roberta.check_tokenizer(Tokenizer.from_pretrained(config.init_from), shape)
+    if config.seq_len > shape.max_tokens and not config.eval_only:
+        raise ValueError(f"--seq-len {config.seq_len}, but {config.init_from} has positions for "
+                         f"{shape.max_tokens} tokens; try --seq-len {shape.max_tokens}")
+    if config.input_format in data.PAIR_FORMATS and shape.type_vocab_size != 2:
+        raise ValueError(f"--input-format {config.input_format} needs type_vocab_size 2, {config.init_from} "
+                         f"has {shape.type_vocab_size}; take full-sentences or doc-sentences")
+    return shape
+
+
+def settle(config: TrainConfig, shape: RobertaConfig, ranks: Ranks) -> TrainConfig:
+    """Returns the config with what was left to the machine and to the model."""
+    config = replace(config, precision=ranks.precision, seq_len=min(config.seq_len, shape.max_tokens))
+    # A run goes on with the size that it began with: dropout's draws depend on it. (Among other ranks they
+    # are others anyhow.)
+    size = config.micro_batch_size or run_before(Path(config.out)).get("flags", {}).get("micro_batch_size")
+    if size and (config.micro_batch_size or config.batch_size % (size * ranks.world_size) == 0):
+        return replace(config, micro_batch_size=size)
+    # All ranks take what fits the one with the least room.
+    fixed, sequence = memory_needed(config, shape, ranks)
+    room = torch.zeros(ranks.world_size, dtype=torch.float64)
+    room[ranks.rank] = (0.95 * free_memory(ranks) - fixed) / sequence
+    most = ranks.sum(room, "the micro-batch size").min().item()
+    return replace(config, micro_batch_size=micro_batch_size(config, ranks.world_size, most))
+
+
+def make_batches(config: TrainConfig, corpus: Corpus, held_out: Corpus,
+                 ranks: Ranks) -> tuple[Batches, Batches]:
+    """Returns the batches of the training text, and those of the held-out text."""
     # What differs between ranks is which of a step's micro-batches they take, and nothing else.
-    micro = micro_batch_size(config, ranks.world_size)
-    sequences = Sequences(corpus, config.input_format, config.seq_len)
+    micro, sequences = config.micro_batch_size, Sequences(corpus, config.input_format, config.seq_len)
     batches = Batches(sequences, config.batch_size, micro, config.seed, config.masking,
                       config.mlm_probability, ranks.rank, ranks.world_size)
+    # Text and special tokens; the rest is padding.
+    lengths = sequences.lengths(sequences.pairs(config.seed, 0)) + sequences.special_tokens
+    say(f"{corpus.num_tokens:,} tokens in sequences that are {lengths.mean() / config.seq_len:.1%} full; "
+        f"{batches.num_micro_batches:,} x {micro} sequences a rank and step")
     # CHOICE: every format is evaluated on FULL-SENTENCES, so that runs in different formats compare (§4.2).
     # The seed is no run's own: all runs on the same data are asked for the same masks.
     sequences = Sequences(held_out, "full-sentences", config.seq_len)
-    held_out = replace(batches, sequences=sequences, batch_size=micro * ranks.world_size, seed=2**32)
-    say(f"{corpus.num_tokens:,} tokens; {batches.num_micro_batches} x {micro} sequences a rank and step")
-    return corpus, batches, held_out, ranks
+    return batches, replace(batches, sequences=sequences, batch_size=micro * ranks.world_size, seed=2**32)
 
 
-def begin_pretraining(config: TrainConfig, corpus: Corpus, ranks: Ranks) -> tuple[Training, str]:
+def begin_pretraining(config: TrainConfig, shape: RobertaConfig, corpus: Corpus,
+                      ranks: Ranks) -> tuple[Training, str]:
     """Returns what the run trains with, where it stands, and the run's fingerprint."""
-    out, config = Path(config.out), replace(config, precision=ranks.precision)
+    out = Path(config.out)
     # All that the result depends on is written down, so that a second start can be told from another run.
-    shape = model_config(config, corpus.vocab_size)
     described = {"flags": asdict(config), "model": asdict(shape), "data": {"fingerprint": corpus.fingerprint}}
     fingerprint = claim_directory(out, described, config, ranks)
-    torch.manual_seed(config.seed)  # the same initial weights on every rank
     is_pairs = config.input_format in data.PAIR_FORMATS
-    model = RobertaForPreTraining(shape) if is_pairs else RobertaForMaskedLM(shape)
+    model = initial_model(config, shape, RobertaForPreTraining if is_pairs else RobertaForMaskedLM)
     say(f"{model.num_parameters():,} parameters")
     training = begin(config, ranks, model)
     resume(training, out, fingerprint)
@@ -625,6 +757,47 @@ def begin_pretraining(config: TrainConfig, corpus: Corpus, ranks: Ranks) -> tupl
     if config.compile:
         training.parallel = torch.compile(training.parallel)
     return training, fingerprint
+
+
+def initial_model(config: TrainConfig, shape: RobertaConfig, kind: type[RobertaForMaskedLM]) -> Any:
+    """Returns the model as it is before the first step, the same on every rank."""
+    # Drawn is a new model, or the head of one that lacks it.
+    torch.manual_seed(config.seed)
+    # Where there is a checkpoint, `resume` will give the weights.
+    if config.init_from is None or checkpoints(Path(config.out)):
+        return kind(shape)
+    return kind.from_pretrained(config.init_from, hidden_dropout_prob=shape.hidden_dropout_prob,
+                                attention_probs_dropout_prob=shape.attention_probs_dropout_prob)
+
+
+def evaluate_only(config: TrainConfig) -> dict[str, Any]:
+    """Evaluates the model at --init-from as a run does before its first step; returns what it writes.
+
+    That is --out/results.json, and nothing else. Raises: ValueError where --out holds anything but that.
+    """
+    out, path = Path(config.out), Path(config.out) / "results.json"
+    others = set(os.listdir(out)) - {path.name} if out.is_dir() else set()
+    if others or (path.exists() and "init_from" not in data.read_json(path)):
+        raise ValueError(f"{out} holds {min(others or {path.name})!r}, which --eval-only has not written; "
+                         "choose another --out")
+    # A text is prepared beside --out, where every rank finds it, and goes afterwards.
+    scratch = data.temporary_beside(out)
+    with held_by_first_rank(scratch):
+        try:
+            corpus, held_out, shape, ranks = open_data(config, scratch / "data")
+            config = settle(config, shape, ranks)
+            _, batches = make_batches(config, corpus, held_out, ranks)
+            training = begin(config, ranks, initial_model(config, shape, RobertaForMaskedLM))
+            result = evaluate(training, batches, corpus.unigram)
+        finally:
+            if ranks_of_environment()[0] == 0:
+                shutil.rmtree(scratch)
+    result |= {"init_from": config.init_from, "data": config.data, "seq_len": config.seq_len}
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_json(path, result)
+    say("  ".join(f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, float)))
+    return result
 
 
 def finish(training: Training, result: dict, corpus: Corpus, held_out: Batches) -> dict[str, Any]:
@@ -765,6 +938,11 @@ def publish(out: Path, source: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def run_before(out: Path) -> dict[str, Any]:
+    """Returns what run.json says of the run that has begun in a directory; empty where none has."""
+    return data.read_json(out / "run.json") if (out / "run.json").exists() else {}
+
+
 def claim_directory(out: Path, described: dict[str, dict], config: RunConfig, ranks: Ranks) -> str:
     """Writes run.json, or where it is there already, refuses a run that would not continue it.
 
@@ -776,16 +954,15 @@ def claim_directory(out: Path, described: dict[str, dict], config: RunConfig, ra
     fixed = json.loads(json.dumps(described))  # as it will be read back
     for name in data.may_change(config):
         fixed["flags"].pop(name, None)
-    path, fingerprint = out / "run.json", data.fingerprint_of(fixed)
-    before = data.read_json(path) if path.exists() else fixed
+    fingerprint, before = data.fingerprint_of(fixed), run_before(out) or fixed
     for part, values in fixed.items():
         for name, value in values.items():
             if (found := before.get(part, {}).get(name)) != value:
                 raise ValueError(f"{out} holds a run with {name} {found}, this one has {value}; choose "
-                                 "another --out, or delete the directory to start over")
+                                 f"another --out, or delete the directory to start over. {CONTINUE}")
     ranks.meet("the beginning of the run")  # all have looked
-    if ranks.rank == 0 and not path.exists():
-        data.write_json(path, described | {"fingerprint": fingerprint})
+    if ranks.rank == 0 and before is fixed:
+        data.write_json(out / "run.json", described | {"fingerprint": fingerprint})
     return before.get("fingerprint", fingerprint)
 
 
@@ -811,8 +988,9 @@ def resume(training: Training, out: Path, fingerprint: str) -> None:
         # What a kill or a full disk has left half written or half removed.
         for path in out.glob(".checkpoint-*[0-9].tmp"):
             shutil.rmtree(path)
-        # Lines written after that checkpoint will be written again.
-        lines = [json.dumps(line) + "\n" for line in read_log(out) if line["step"] <= training.progress.step]
+        # Lines written after that checkpoint will be written again; without one all of them, step 0's, too.
+        kept = [line for line in read_log(out) if line["step"] <= newest] if newest else []
+        lines = [json.dumps(line) + "\n" for line in kept]
         data.write_atomically(out / "log.jsonl", "".join(lines).encode())
 
 
@@ -886,6 +1064,19 @@ def log(training: Training, out: Path, max_steps: int, names: Sequence[str] = ("
         line |= {"scale": scaler.get_scale(), "skipped": progress.skipped}
     left = data.clock(progress.seconds / progress.step * (max_steps - progress.step))
     log_result(training, out, line, f"  left {left}")
+
+
+def foretell(training: Training, began: float, micro_batches: int) -> None:
+    """Says once, going by the first micro-batch, how long a step takes, where it is over a minute."""
+    # A step of BASE's 8,192 sequences takes hours on a laptop, and the first log line comes behind many.
+    if training.is_timed:
+        return
+    training.is_timed = True
+    training.window.cpu()  # waits for the device
+    seconds = micro_batches * (time.monotonic() - began)
+    if seconds > 60:
+        say(f"at the pace of the first of its {micro_batches:,} micro-batches, a step takes about "
+            f"{data.clock(seconds)}, and a log line comes every {training.config.log_interval:,} steps")
 
 
 def log_result(training: Training, out: Path, result: dict[str, float], more: str = "") -> dict[str, float]:
@@ -962,11 +1153,15 @@ def held_by_first_rank(out: Path) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C instead of dying from them; torchrun may send several for one."""
+    """Collects SIGTERM, Ctrl-C and SIGHUP instead of dying from them; torchrun may send several for one."""
+    # SIGHUP: the terminal was closed. Who has started the run under nohup wants it to live on.
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
     # A handler that only notes: the step at hand ends, and the loop looks after it.
     received: list[int] = []
     handlers = {number: signal.signal(number, lambda number, _: received.append(number))
-                for number in (signal.SIGTERM, signal.SIGINT)}
+                for number in numbers}
     try:
         yield received
     finally:
@@ -1029,6 +1224,8 @@ def check(config: TrainConfig) -> None:
     data.check_flags(config)
     if config.data == "":
         raise ValueError("--data is empty; leave it out to learn from the documentation installed here")
+    if config.eval_only and not config.init_from:
+        raise ValueError("--eval-only evaluates the model of --init-from DIR, which is not given")
     if config.warmup_steps > config.max_steps:
         raise ValueError(f"--warmup-steps {config.warmup_steps} exceeds --max-steps {config.max_steps}")
     size, share = config.seq_len, config.mlm_probability
@@ -1039,24 +1236,31 @@ def check(config: TrainConfig) -> None:
 def parse(argv: Sequence[str] | None) -> TrainConfig:
     """Returns the preset with the flags' changes. --help shows the defaults of the preset that would run."""
     # The preset is looked for first, since the other flags' defaults depend on it.
-    presets = {"tiny": tiny, "base": base, "large": large}
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", choices=presets, default="tiny")
-    preset = presets[finder.parse_known_args(argv)[0].preset]()
+    finder.add_argument("--preset", choices=PRESETS, default="tiny")
+    preset = PRESETS[finder.parse_known_args(argv)[0].preset]()
     parser = argparse.ArgumentParser("train.py", None, "Pretrain RoBERTa.", allow_abbrev=False)
     data.add_flags(parser, preset)
-    given = {"out": f"runs/{preset.preset}"} | vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    given.setdefault("out", "runs/eval" if given.get("eval_only") else f"runs/{preset.preset}")
+    shape_flags = [f.name for f in fields(preset) if f.metadata["group"] == "model" and f.name in given]
+    if "init_from" in given and shape_flags:
+        raise ValueError(f"--{shape_flags[0].replace('_', '-')} beside --init-from, whose model has a shape "
+                         "and a vocabulary; leave one of the two out")
     if "max_steps" in given and "warmup_steps" not in given:  # a warm-up that is not given keeps its share
         given["warmup_steps"] = preset.warmup_steps * given["max_steps"] // preset.max_steps
     return replace(preset, **given)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(argv)
-    say("  ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None))
     with clean_end():
+        config = parse(argv)
+        say("  ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None))
         check(config)
-        pretrain(config)
+        if config.eval_only:
+            evaluate_only(config)
+        else:
+            pretrain(config)
 
 
 if __name__ == "__main__":

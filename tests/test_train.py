@@ -1,11 +1,14 @@
 """train.py: what may not change a result (ranks, micro-batches), the figures it writes, and clear errors."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import helpers
 import numpy as np
@@ -124,6 +127,7 @@ def test_unknown_flags_are_refused(capsys, bad):
     ({"seq_len": 4}, "--seq-len 4 at --mlm-probability 0.15 leaves nothing to predict"),
     ({"num_attention_heads": 3}, "hidden_size 16"),
     ({"out": "/proc/run"}, "/proc/run"),
+    ({"init_from": "no/model/here"}, "--hidden-size beside --init-from"),
 ])
 def test_bad_values_are_one_clear_line(prepared, tmp_path, capsys, flags, message):
     arguments = command(flags.pop("data", prepared), flags.pop("out", tmp_path / "run"), **flags)
@@ -327,17 +331,183 @@ def test_a_directory_of_someone_elses_is_never_written_into(prepared, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# From the weights of another model, and evaluation alone
+# ----------------------------------------------------------------------------------------------------------
+
+RECIPE = {"seq_len": 32, "batch_size": 8, "max_steps": 4, "warmup_steps": 1, "eval_interval": 4,
+          "checkpoint_interval": 2, "log_interval": 2, "peak_lr": 1e-3}  # no shape, no micro-batch
+
+
+def going_on(source, text, out, **changes):
+    """The command line of a run that goes on from the weights in `source`."""
+    flags = {"init_from": source, "data": text, "out": out} | RECIPE | changes
+    return [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def going_on_from(source, text, out, **changes):
+    """Such a run to its end; returns its evaluations."""
+    with pytest.raises(SystemExit) as ended:
+        train.main(going_on(source, text, out, **changes))
+    assert ended.value.code == 0
+    return [line for line in train.read_log(Path(out)) if "eval_loss" in line]
+
+
+def save_as(kind, origin, tokenizer, directory):
+    """Writes a model as somebody else has it: with a padded vocabulary, or in a Trainer's folders."""
+    torch.manual_seed(1)
+    model = kind(roberta.RobertaConfig.tiny(vocab_size=448 if origin == "padded" else 400, hidden_size=24,
+                                            num_attention_heads=3, max_position_embeddings=50))
+    place = directory / "checkpoint-7" if origin == "trainer" else directory
+    model.save_pretrained(place, None if origin == "trainer" else tokenizer)
+    if origin == "trainer":
+        tokenizer.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "origin"), [
+    (roberta.RobertaForMaskedLM, "padded"), (roberta.RobertaForMaskedLM, "trainer"),
+    (roberta.RobertaModel, "plain"), (roberta.RobertaForSequenceClassification, "padded")])
+def test_pretraining_goes_on_from_any_model_and_text(prepared, tmp_path, capsys, kind, origin):
+    """Text is prepared with the model's tokenizer; the run, its end and its evaluations are the model's."""
+    corpus, out = write_corpus(tmp_path / "corpus", documents=60), tmp_path / "run"
+    model = save_as(kind, origin, data.Tokenizer.from_pretrained(prepared), tmp_path / "model")
+    first, last = going_on_from(tmp_path / "model", corpus, out, dropout=0.1)
+    assert (first["step"], last["step"]) == (0, 4) and last["eval_loss"] < first["eval_loss"]
+    assert "step 0  eval_loss" in capsys.readouterr().out
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    assert roberta.read_config(out) == dataclasses.replace(model.config, **dropout)
+    tokenizers = [data.Tokenizer.from_pretrained(place) for place in (out / "data", prepared)]
+    assert tokenizers[0].fingerprint == tokenizers[1].fingerprint
+    # What was measured before the first step is what --eval-only finds, which leaves nothing else behind.
+    with pytest.raises(SystemExit):
+        train.main(["--eval-only", "--init-from", str(tmp_path / "model"), "--data", str(corpus),
+                    "--out", str(tmp_path / "eval"), "--seq-len", "32", "--batch-size", "8"])
+    found = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert found.items() >= {name: value for name, value in first.items() if name != "step"}.items()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "eval", "model", "run"]
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["results.json"]
+
+
+def test_a_run_from_weights_resumes_from_its_own(straight, prepared, tmp_path, monkeypatch):
+    shutil.copytree(straight, tmp_path / "model")
+    going_on_from(tmp_path / "model", prepared, tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_at(patch, 3)
+        train.main(going_on(tmp_path / "model", prepared, tmp_path / "run"))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    evaluations = going_on_from(tmp_path / "model", prepared, tmp_path / "run")
+    assert [line["step"] for line in evaluations] == [0, 4]
+    assert same(weights(tmp_path / "straight"), weights(tmp_path / "run"))
+    # Another rate in the middle is another run, from the weights that this one has come to.
+    with pytest.raises(SystemExit):
+        train.main(going_on(tmp_path / "model", prepared, tmp_path / "run", peak_lr=1e-4))
+    again = going_on_from(tmp_path / "run", prepared, tmp_path / "again", peak_lr=1e-4)
+    assert again[0]["eval_loss"] == evaluations[-1]["eval_loss"]
+
+
+def test_two_ranks_go_on_and_evaluate_like_one(straight, prepared, tmp_path):
+    text = write_corpus(tmp_path / "corpus")
+    going_on_from(straight, text, tmp_path / "one")
+    result = run(*torchrun(2), "train.py", *going_on(straight, text, tmp_path / "two"))
+    assert result.returncode == 0 and close_weights(tmp_path / "one", tmp_path / "two"), result.stderr
+    result = run(*torchrun(2), "train.py", "--eval-only",
+                 *going_on(straight, text, tmp_path / "eval"))
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert found["eval_loss"] == pytest.approx(lines_of(tmp_path / "one")[0]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seq_len": 500}, "--seq-len 500, but .* has positions for 128 tokens; try --seq-len 128"),
+    ({"input_format": "segment-pair"}, "--input-format segment-pair needs type_vocab_size 2, .* has 1"),
+    ({"source": "no/such/place"}, "no/such/place"),
+    ({"text": "other"}, "with vocabulary {theirs}, and .* has {ours}; give the text itself as --data, or prepare it with --tok"),
+    ({"out": "the model"}, "run with .*Pretraining goes on .* with --init-from OUT --out NEW"),
+])
+def test_a_model_that_does_not_fit_is_one_line(straight, prepared, tmp_path, capsys, changes, message):
+    corpus = write_corpus(tmp_path / "corpus")
+    other = data.prepare(data.PrepareConfig((str(corpus),), str(tmp_path / "other"), 380))
+    places = {"other": other, "the model": straight}
+    given = {"source": straight, "text": prepared, "out": tmp_path / "run"} | changes
+    given = {name: places.get(value, value) for name, value in given.items()}
+    before = contents(straight)
+    errors = ends(train.main, going_on(**given), 1, capsys)
+    theirs, ours = (data.Tokenizer.from_pretrained(place).fingerprint for place in (other, straight))
+    assert re.search(message.replace("{theirs}", theirs).replace("{ours}", ours), errors), errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and contents(straight) == before
+
+
+@pytest.mark.parametrize("holds", ["photo.jpg", "run.json", "results.json"])
+def test_eval_only_writes_over_nothing(straight, prepared, tmp_path, capsys, holds):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / holds).write_text("{}")
+    call = ["--eval-only", *going_on(straight, prepared, tmp_path / "out")]
+    errors = ends(train.main, call, 1, capsys)
+    assert f"{holds}', which --eval-only has not written; choose another --out" in errors
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", holds]
+    assert "--init-from DIR, which is not given" in ends(train.main, ["--eval-only"], 1, capsys)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a machine can take
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "gigabytes", "size"), [
+    (train.base(), 22.5, 8), (train.base(), 60, 32), (train.base(), 1, 1), (train.large(), 22.5, 4),
+    (train.tiny(), 2, 16)])
+def test_the_micro_batch_is_the_largest_that_fits(tmp_path, monkeypatch, preset, gigabytes, size):
+    """On a CPU, where BASE keeps the attention's weights for dropout: at 32 it was killed in 24 GB."""
+    monkeypatch.setattr(train, "free_memory", lambda ranks: gigabytes * 1e9)
+    ranks = train.set_up(preset)
+    config = dataclasses.replace(preset, out=str(tmp_path))
+    assert train.settle(config, train.model_config(config, 50265), ranks).micro_batch_size == size
+
+
+def test_a_resumed_run_keeps_its_micro_batch(prepared, tmp_path, monkeypatch):
+    """Dropout's draws depend on it."""
+    small = config(prepared, tmp_path / "run", micro_batch_size=None, max_steps=4)
+    monkeypatch.setattr(train, "free_memory", lambda ranks: 0)
+    train.pretrain(small)
+    monkeypatch.undo()
+    train.pretrain(dataclasses.replace(small, max_steps=6))
+    assert data.read_json(tmp_path / "run" / "run.json")["flags"]["micro_batch_size"] == 1
+    ranks = train.set_up(small)
+    for given, size in ((None, 1), (4, 4)):
+        asked = dataclasses.replace(small, micro_batch_size=given)
+        assert train.settle(asked, train.model_config(asked, 400), ranks).micro_batch_size == size
+
+
+def test_a_slow_step_is_foretold_once(prepared, tmp_path, monkeypatch, capsys):
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    train.pretrain(config(prepared, tmp_path / "run", micro_batch_size=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "micro-batches, a step takes" in line]
+    assert lines == ["at the pace of the first of its 4 micro-batches, a step takes about 0:02:40, "
+                     "and a log line comes every 4 steps"]
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Signals and gradients that are not finite
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_save_and_exit_and_the_run_goes_on(straight, prepared, tmp_path, monkeypatch, number):
     out = tmp_path / "run"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     stopped_at(monkeypatch, 7, config(prepared, out), number)
     assert [step for step, _ in train.checkpoints(out)] == [7, 6] and lines_of(out)[-1]["step"] == 7
     train.pretrain(config(prepared, out))
     assert same(weights(straight), weights(out)) and lines_of(straight)[-1] == lines_of(out)[-1]
+
+
+def test_a_run_under_nohup_lives_on(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with train.stop_signals() as received:
+        signal.raise_signal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert not received
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
