@@ -1095,7 +1095,6 @@ def read_examples(task: Task, config: FinetuneConfig, split: str) -> list[Exampl
     columns are another task's. --skip-bad-rows leaves such rows out and says how many: some official files
     (QQP's) are known to have a few. A test set must be whole to be handed in.
     """
-    read = {"squad": squad_rows, "RACE": race_rows, "": own_rows}.get(task.folder, table_rows)
     examples, bad, files = [], Counter(), find_files(task, config.data, split)
     withheld = split == "test" or config.eval_only  # new texts may be without labels
     if not files and split != "test":
@@ -1104,11 +1103,7 @@ def read_examples(task: Task, config: FinetuneConfig, split: str) -> list[Exampl
         raise ValueError(f"{config.data}: no {split} set of {task.name} ({names}) in it or its "
                          f"[glue/]{task.folder}, but {', '.join(there) or 'nothing'}")
     for part, path in files:
-        try:
-            rows = list(read(task, split, path))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not {task.name} as it is published ({error!r})") from None
-        for where, *row in rows:
+        for where, *row in rows_of(task, split, path):
             try:
                 examples.append(example_of(task, withheld, part, *row))
             except (ValueError, TypeError, AttributeError) as error:
@@ -1126,6 +1121,16 @@ def read_examples(task: Task, config: FinetuneConfig, split: str) -> list[Exampl
     if counts and max(counts.values()) > 1:  # predictions are by id
         raise ValueError(f"{path}: the id {counts.most_common(1)[0][0]} occurs twice; give each its own")
     return examples
+
+
+def rows_of(task: Task, split: str, path: Path) -> list[tuple]:
+    """The rows of a file. Raises: ValueError where it is not what a file of the task is like."""
+    read = {"squad": squad_rows, "RACE": race_rows, "": own_rows}.get(task.folder, table_rows)
+    try:
+        return list(read(task, split, path))
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        kind = f"{task.name} as it is published" if task.folder else f"a {path.suffix} that can be read"
+        raise ValueError(f"{path}: not {kind} ({error!r})") from None
 
 
 def find_files(task: Task, place: str, split: str) -> list[tuple[str, Path]]:
@@ -1182,15 +1187,16 @@ def own_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
     else:
         form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
         rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
-    # The first text goes by three names, the second by two.
-    columns = rows[0].keys() if rows else ()
+    # The first text goes by three names, the second by two; capital letters make no difference.
+    rows = [{str(name).strip().lower(): value for name, value in row.items()} for row in rows]
+    columns = rows[0] if rows else {}
     first = [name for name in ("text", "sentence", "sentence1") if name in columns]
     second = [name for name in ("text_b", "sentence2") if name in columns]
     if not first:
-        raise ValueError(f"no column text (or sentence) among {', '.join(map(str, columns))}")
+        raise ValueError(f"no column text (or sentence), but {', '.join(columns) or 'no row'}")
     for number, row in enumerate(rows):
         label = row.get(task.label)
-        is_given = split != "test" and label not in (None, "") and None not in row  # None: cells too many
+        is_given = split != "test" and label not in (None, "") and "none" not in row  # none: cells too many
         texts = [row.get(name) for name in first[:1] + second[:1]]
         yield f"row {number + 1}", str(row.get("id", number)), texts, str(label) if is_given else None
 
@@ -1199,11 +1205,13 @@ def labels_of(config: FinetuneConfig, shape: RobertaConfig) -> tuple[str, ...]:
     """The labels of one's own classification: those of the training set in their order, or the model's."""
     if config.eval_only or config.ensemble:
         return tuple(shape.id2label.values())
-    rows = [row for _, path in find_files(TASKS[config.task], config.data, "train")
-            for row in own_rows(TASKS[config.task], "train", path)]
-    labels = {written for *_, written in rows if written is not None}
+    task = TASKS[config.task]
+    files = find_files(task, config.data, "train")
+    labels = {row[-1] for _, path in files for row in rows_of(task, "train", path)} - {None}
+    if files and len(labels) < 2:
+        raise ValueError(f"{files[0][1]}: its column label has {len(labels)} different labels; it takes two")
     are_numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
-    return tuple(sorted(labels, key=int if are_numbers else None)) or ("",)
+    return tuple(sorted(labels, key=int if are_numbers else None))
 
 
 def squad_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
@@ -1228,6 +1236,8 @@ def example_of(task: Task, withheld: bool, part: str, id: str, texts: Sequence, 
     """The example in a row; withheld: it may lack a label. Raises: ValueError and others where it is none."""
     if None in texts or (written is None and not withheld):
         raise ValueError("a text or label is missing, or there are not as many columns as in the first line")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"no text, but {texts!r:.80}")
     "".join((id, *texts)).encode()  # raises where there are halves of characters, which no file can hold
     label = None if written is None else label_of(task, written)
     if task.name == "race" and not max(1, label or 0) < len(texts) - 2 <= len(task.labels):

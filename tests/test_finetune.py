@@ -380,6 +380,19 @@ def test_ones_own_labels_are_learned_evaluated_and_predicted(tmp_path, model, en
     refused(command(*new, tmp_path / "no", eval_only=True), message, capsys)
 
 
+@pytest.mark.parametrize("name, content, message", [
+    ("train.jsonl", "[1, 2]\n", "train.jsonl: not a .jsonl that can be read"),
+    ("train.csv", 'text,label\n"open,yes\n', "train.csv: not a .csv that can be read (Error("),
+    ("train.csv", "words,label\na,b\n", "no column text (or sentence), but words, label"),
+    ("train.csv", "TEXT,Label\na,x\nb,x\n", "its column label has 1 different labels; it takes two"),
+    ("train.jsonl", '{"text": 5, "label": 1}\n{"text": "a", "label": 0}\n', "row 1: no text, but [5]"),
+])  # fmt: skip
+def test_ones_own_files_with_faults_are_one_line(tmp_path, model, capsys, name, content, message):
+    (tmp_path / name).write_text(content)
+    (tmp_path / name.replace("train", "dev")).write_text(content)
+    refused(command("classification", tmp_path, model, tmp_path / "run"), message, capsys)
+
+
 def test_ones_own_csv_gives_what_glues_file_gives(tmp_path, model):
     glue = start("sst-2", write_glue(tmp_path, "sst-2"), model, tmp_path / "glue", epochs=2)
     (tmp_path / "own").mkdir()
