@@ -421,7 +421,7 @@ def test_two_ranks_go_on_and_evaluate_like_one(straight, prepared, tmp_path):
     ({"seq_len": 500}, "--seq-len 500, but .* has positions for 128 tokens; try --seq-len 128"),
     ({"input_format": "segment-pair"}, "--input-format segment-pair needs type_vocab_size 2, .* has 1"),
     ({"source": "no/such/place"}, "no/such/place"),
-    ({"text": "other"}, "with vocabulary {theirs}, and .* has {ours}; give the text itself as --data, or prepare it with --tok"),
+    ({"text": "other"}, "with vocabulary {theirs}, and .* has {ours}; give the text itself as --data, or"),
     ({"out": "the model"}, "run with .*Pretraining goes on .* with --init-from OUT --out NEW"),
 ])
 def test_a_model_that_does_not_fit_is_one_line(straight, prepared, tmp_path, capsys, changes, message):
