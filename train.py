@@ -478,8 +478,6 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------
 
 GO_ON = "the same command goes on from the last checkpoint"
-CONTINUE = ("Pretraining goes on with another learning rate, seed, batch or text from the weights that OUT "
-            "has come to, with --init-from OUT --out NEW")
 
 # ----------------------------------------------------------------------------------------------------------
 # Ranks and precision
@@ -959,7 +957,8 @@ def claim_directory(out: Path, described: dict[str, dict], config: RunConfig, ra
         for name, value in values.items():
             if (found := before.get(part, {}).get(name)) != value:
                 raise ValueError(f"{out} holds a run with {name} {found}, this one has {value}; choose "
-                                 f"another --out, or delete the directory to start over. {CONTINUE}")
+                                 "another --out, or delete it to start over (to pretrain from its weights "
+                                 f"with other settings: --init-from {out} --out NEW)")
     ranks.meet("the beginning of the run")  # all have looked
     if ranks.rank == 0 and before is fixed:
         data.write_json(out / "run.json", described | {"fingerprint": fingerprint})
