@@ -774,7 +774,7 @@ def evaluate_only(config: TrainConfig) -> dict[str, Any]:
     That is --out/results.json, and nothing else. Raises: ValueError where --out holds anything but that.
     """
     out, path = Path(config.out), Path(config.out) / "results.json"
-    others = set(os.listdir(out)) - {path.name} if out.is_dir() else set()
+    others = set(os.listdir(out)) - {path.name, ".lock"} if out.is_dir() else set()
     if others or (path.exists() and "init_from" not in data.read_json(path)):
         raise ValueError(f"{out} holds {min(others or {path.name})!r}, which --eval-only has not written; "
                          "choose another --out")
