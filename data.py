@@ -55,6 +55,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -429,14 +430,12 @@ def split_sentences(document: str) -> list[str]:
 
 def cut_stretch(stretch: str) -> list[str]:
     """Returns a text in pieces of about SHORT_PIECE bytes, cut at borders of pre-tokens."""
-    pieces, size = [[]], 0
+    pieces = [""]
     for pretoken in regex.findall(PRETOKEN, stretch):
-        if size >= SHORT_PIECE:
-            pieces.append([])
-            size = 0
-        pieces[-1].append(pretoken)
-        size += len(pretoken.encode())
-    return ["".join(piece) for piece in pieces]
+        if len(pieces[-1].encode()) >= SHORT_PIECE:
+            pieces.append("")
+        pieces[-1] += pretoken
+    return pieces
 
 
 def room_for_text(seq_len: int, input_format: InputFormat) -> int:
@@ -561,15 +560,13 @@ class Sequences:
         of_segment = np.diff(self.bounds)
         return of_segment if pairs is None else of_segment[pairs.first] + of_segment[pairs.second]
 
-    def segment(self, number: int) -> np.ndarray:
-        """Returns the ids of a segment, which without pairs is a sequence: one piece of the file."""
-        has_separators = self.input_format == "full-sentences"  # "an extra separator token", §4.2
-        return self.corpus.read(self.bounds[number], self.bounds[number + 1], has_separators)
-
     def token_ids(self, pairs: Pairs | None, index: int) -> np.ndarray:
-        """Returns a sequence with its special tokens."""
-        segments = [index] if pairs is None else [pairs.first[index], pairs.second[index]]
-        return join(*map(self.segment, segments))
+        """Returns a sequence with its special tokens. Without pairs it is one segment, one piece of the file.
+        """
+        numbers = [index] if pairs is None else [pairs.first[index], pairs.second[index]]
+        has_separators = self.input_format == "full-sentences"  # "an extra separator token", §4.2
+        bounds = self.bounds
+        return join(*[self.corpus.read(bounds[i], bounds[i + 1], has_separators) for i in numbers])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -847,8 +844,8 @@ class Batches:
             all_lengths = self._epoch(0)[1]
             count = len(all_lengths)
             epochs, places = np.divmod(step * self.batch_size + np.arange(self.batch_size), count)
-            orders = {epoch: epoch_order(count, self.seed, int(epoch)) for epoch in np.unique(epochs)}
-            index = np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
+            index = np.array([epoch_order(count, self.seed, int(epoch))[place]
+                              for epoch, place in zip(epochs, places)])
             passes = step * self.batch_size / count
         else:
             # An epoch is so many steps. Within a step, rows of like length come together, to pad little.
@@ -940,7 +937,7 @@ class Block(NamedTuple):
     path: Path
     line: int  # how many lines of the file are before it
     content: bytes
-    kind: str = "text"  # or "rows": a line is a row of JSON
+    is_rows: bool = False  # whether each line is a row of JSON
     damage: str = ""  # why no more of the file could be read
 
 
@@ -978,7 +975,8 @@ def find_files(corpus: Iterable[str | Path]) -> list[Path]:
             continue
         walk = os.walk(path, onerror=stop_at)
         every = sorted(Path(place, name) for place, _, names in walk for name in names)
-        seen = [file for file in every if not any(part[0] == "." for part in file.relative_to(path).parts)]
+        seen = [file for file in every if file.is_file()  # no pipe, which would be waited for
+                and not any(part[0] == "." for part in file.relative_to(path).parts)]
         found = [file for file in seen if ending(file) in ROW_ENDINGS | TEXT_ENDINGS]
         others = Counter(map(ending, seen)) - Counter(map(ending, found))
         passed_over = ", ".join(f"{count:,} {name}" for name, count in others.most_common())
@@ -1009,50 +1007,43 @@ def kind_of(path: Path) -> str:
 
 
 def read_blocks(path: Path, documents: str = "blank-line") -> Iterator[Block]:
-    """Yields a file, unpacked, in blocks of some 8 MB that can be understood apart, whatever its size."""
-    kind = kind_of(path)
-    if kind == "list" or (kind == "text" and documents == "file"):
-        yield whole_file(path, kind)
-        return
-    line, rest, damage, is_last = 0, b"", "", False
+    """Yields a file, unpacked, in blocks of some 8 MB that can be understood apart, whatever its size.
+
+    What can't be cut, a list of JSON or a file that is one document, is one block. Raises: ValueError where
+    it is too large for that, or a list that is damaged.
+    """
+    kind, line, rest, damage, is_last = kind_of(path), 0, b"", "", False
+    is_whole = kind == "list" or (kind == "text" and documents == "file")
     is_lines = kind == "rows" or documents == "line"
+    block_bytes = MAX_WHOLE_BYTES if is_whole else BLOCK_BYTES
     borders = [b"\n"] if is_lines else [b"\n\n", b"\n\r\n", b"\n", b" "]
     with opened(path) as file:
         while not is_last:
             try:
-                content = rest + file.read(BLOCK_BYTES - len(rest))
+                content = rest + file.read(block_bytes - len(rest))
                 if is_lines and b"\n" not in content:
                     content += file.readline(MAX_ROW_BYTES)
             except DAMAGE as error:
                 content, damage = rest, str(error)
+            is_last = len(content) < block_bytes
+            if is_whole and not is_last:
+                raise ValueError(f"{path}: over {MAX_WHOLE_BYTES >> 20} MB, too much for one piece; split it")
             # Cut behind the last blank line, so that no document is torn; else behind a line; else behind a
             # space (a "line" of gigabytes is none). What follows the cut begins the next block.
-            is_last = len(content) < BLOCK_BYTES
             cuts = [content.rfind(border) + len(border) for border in borders if border in content]
             cut = len(content) if is_last or not cuts else cuts[0]
-            yield Block(path, line, content[:cut], kind, damage)
+            block = content[:cut] if kind != "list" else rows_of_list(path, content)
+            yield Block(path, line, block, kind != "text", damage)
             line += content.count(b"\n", 0, cut)
             rest = content[cut:]
 
 
-def whole_file(path: Path, kind: str) -> Block:
-    """Returns the one block of a file that can't be cut: a document, or a list, which becomes rows.
-
-    Raises: ValueError where it is too large for that, or a list that is damaged.
-    """
-    with opened(path) as file:
-        try:
-            content, damage = file.read(MAX_WHOLE_BYTES + 1), ""
-        except DAMAGE as error:
-            content, damage = b"", str(error)
-    if len(content) > MAX_WHOLE_BYTES:
-        raise ValueError(f"{path}: over {MAX_WHOLE_BYTES >> 20} MB, too much for one piece; split it")
-    if kind == "list" and content:
-        try:
-            content = "\n".join(map(json.dumps, json.loads(content))).encode()
-        except (ValueError, RecursionError, TypeError) as error:
-            raise ValueError(f"{path}: damaged, not a list of JSON ({error})") from None
-    return Block(path, 0, content, "text" if kind == "text" else "rows", damage)
+def rows_of_list(path: Path, content: bytes) -> bytes:
+    """Returns a list of JSON as rows, one a line. Raises: ValueError where it is damaged."""
+    try:
+        return "\n".join(map(json.dumps, json.loads(content or b"[]"))).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, not a list of JSON ({error})") from None
 
 
 def jobs_of(files: list[Path], config: PrepareConfig, what: str) -> Iterator[list[Block]]:
@@ -1060,7 +1051,7 @@ def jobs_of(files: list[Path], config: PrepareConfig, what: str) -> Iterator[lis
 
     It says at every percent how far the reading is.
     """
-    job, size, done, said, total = [], 0, 0, 0, text_bytes(files)
+    job, size, done, total = [], 0, 0, text_bytes(files)
     for block in (block for file in files for block in read_blocks(file, config.documents)):
         if job and size + len(block.content) > BLOCK_BYTES:
             yield job
@@ -1068,10 +1059,7 @@ def jobs_of(files: list[Path], config: PrepareConfig, what: str) -> Iterator[lis
         job.append(block)
         size += len(block.content)
         done += len(block.content)
-        percent = min(100, 100 * done // total)
-        if percent > said:
-            say(f"{what}: {percent} %")
-            said = percent
+        say_once(f"{what}: {min(100, 100 * done // total)} %")
     yield job
 
 
@@ -1084,7 +1072,7 @@ def documents_of(block: Block, config: PrepareConfig, left_out: LeftOut) -> Iter
     """Yields the documents of a block: the rows of JSON have one each, in a field; text as `documents` says.
     What is longer than MAX_DOCUMENT without a blank line is cut.
     """
-    is_rows, texts, where = block.kind == "rows", [], f"{block.path}"
+    texts = []
     for number, raw in enumerate(block.content.split(b"\n"), block.line + 1):
         where = f"{block.path}: line {number}"
         reason, advice = "not UTF-8 text", "convert it, as with iconv -f LATIN1 -t UTF-8"
@@ -1093,8 +1081,9 @@ def documents_of(block: Block, config: PrepareConfig, left_out: LeftOut) -> Iter
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
             if "\0" in text:
                 raise ValueError("a NUL character; is the file binary, or UTF-16?")
-            if is_rows and text.strip():
-                reason, advice = f"without a text in the field {config.text_field!r}", "see --text-field"
+            if block.is_rows and text.strip():
+                reason = f"without a text in the field {config.text_field!r}"
+                advice = "see data.py prepare --text-field"
                 text = text_of_row(json.loads(text), config.text_field)
             texts.append(text)
         except (ValueError, RecursionError) as error:
@@ -1104,15 +1093,16 @@ def documents_of(block: Block, config: PrepareConfig, left_out: LeftOut) -> Iter
     if block.damage:
         first = f"{where} and the rest ({block.damage})"
         left_out.setdefault("behind damage in a packed file", [0, first])[0] += 1
-    if not is_rows and config.documents != "line":
+    # A row, a line or a file is what its maker takes for a document.
+    longest = MAX_DOCUMENT if config.documents == "blank-line" and not block.is_rows else math.inf
+    if not block.is_rows and config.documents != "line":
         lines = [line if line.strip() else "" for line in texts]
         whole = "\n".join(lines).strip("\n")
         texts = [whole] if config.documents == "file" else re.split("\n\n+", whole)
     for text in texts:
-        # Text without blank lines, such as a book's, would be one endless document. (A row, a line or a file
-        # is what its maker takes for one.) A cut at a line's end drops that end; at a space, where a line is
-        # too long, it drops nothing.
-        while len(text) > MAX_DOCUMENT and not is_rows and config.documents == "blank-line":
+        # Text without blank lines, such as a book's, would be one endless document. A cut at a line's end
+        # drops that end; at a space, where a line is too long, it drops nothing.
+        while len(text) > longest:
             line_end = text.rfind("\n", 1, MAX_DOCUMENT + 1)
             end = line_end if line_end > 0 else text.rfind(" ", 0, MAX_DOCUMENT) + 1 or MAX_DOCUMENT
             yield text[:end]
@@ -1149,20 +1139,14 @@ def documentation_files() -> list[Path]:
 
 def docstrings(path: Path) -> str:
     """Returns the docstrings of a Python source, in order. It is parsed, never imported."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about other people's invalid escapes
-            tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
-    except (SyntaxError, ValueError, RecursionError):  # of another Python's syntax
-        return ""
+    tree = ast.Module([], [])  # stays empty where the source is of another Python's syntax
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other people's invalid escapes
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, owners)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has none
     return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-
-
-def rows_of_docstrings(files: list[Path]) -> str:
-    texts = filter(None, map(docstrings, files))
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def harvest(out: Path, workers: int) -> Path:
@@ -1171,8 +1155,8 @@ def harvest(out: Path, workers: int) -> Path:
     if not path.exists():
         files = documentation_files()
         say(f"reading the documentation in {len(files)} Python files")
-        groups = [files[i : i + 100] for i in range(0, len(files), 100)]
-        write_atomically(path, "".join(in_order(rows_of_docstrings, groups, workers)).encode())
+        texts = filter(None, in_order(docstrings, files, workers))
+        write_atomically(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     return path
 
 
@@ -1230,11 +1214,18 @@ def prepare(config: PrepareConfig) -> Path:
         settings = settings_of(config, files)
         output = TokenFiles(out, settings)
         # Half of one corpus and half of another would look like a corpus, so a second call must ask for the
-        # same as the first did.
-        for name, now in settings.items():
-            if (before := output.state.get(name)) != now:
-                raise ValueError(f"{out} was prepared with another {name.replace('_', ' ')}: {before}, "
-                                 f"not {now}; choose another --out or delete it")
+        # same as the first did. What was not finished, perhaps as the text had to be mended, begins again.
+        changed = [name for name, now in settings.items() if output.state.get(name) != now]
+        if changed and "checksums" in output.state:
+            name, before = changed[0].replace("_", " "), output.state.get(changed[0])
+            raise ValueError(f"{out} was prepared with another {name}: {before}, not {settings[changed[0]]}; "
+                             "choose another --out or delete it")
+        if changed:
+            say(f"{out} was not finished, and with another {changed[0].replace('_', ' ')}: it begins again")
+            shutil.rmtree(out / "tokenizer", ignore_errors=True)
+            tokenizer_of_worker.cache_clear()
+            output.path.unlink()
+            output = TokenFiles(out, settings)
         if "checksums" in output.state:
             say(f"{out} is prepared already")
         else:
@@ -1394,7 +1385,8 @@ def finish(output: TokenFiles) -> None:
     for kind, (count, first) in state["left_out"].items():
         say(f"left out {count:,} lines {kind}, the first: {first}")
     if not all(state["bytes"][f"{split}.tokens.bin"] for split in SPLITS):
-        raise ValueError("fewer than 2 different documents, but one is held out; blank lines separate them")
+        raise ValueError("fewer than 2 different documents, but one is held out; blank lines part them, or "
+                         "what data.py prepare --documents says")
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
     tokens = np.memmap(out / "train.tokens.bin", token_dtype(tokenizer.vocab_size), "r")
     unigram = np.zeros(tokenizer.vocab_size, np.int64)
@@ -1475,7 +1467,7 @@ def rank_tokens(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict[by
     Raises: ValueError where the specials are not at RoBERTa's places, or vocabulary and merges disagree.
     """
     ids = [index for token, index in vocab.items() if index != UNK or token == "<unk>"]
-    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
+    if set(ids) != set(range(len(ids))):
         raise ValueError(f"the ids of {len(ids)} tokens must be 0 to {len(ids) - 1}, each once")
     # The mask is the last unit of the published models, and the fifth where people list five specials first.
     mask_id = 4 if vocab.get("<mask>") == 4 else len(ids) - 1
@@ -1573,8 +1565,7 @@ def read_fairseq_tokenizer(encoder: Path, merges: Path, dictionary: Path) -> tup
     ids, pairs = read_gpt2_tokenizer(encoder, merges)
     # fairseq encodes twice: text to GPT-2's ids, then these, as if they were words, to its dictionary's.
     names = {str(index): token for token, index in ids.items()}
-    lines = dictionary.read_text("utf-8").removesuffix("\n").split("\n")
-    entries = [line.rsplit(" ", 1)[0] for line in lines]
+    entries = [line.rsplit(" ", 1)[0] for line in dictionary.read_text("utf-8").splitlines()]
     tokens = [*SPECIAL_TOKENS[:4], *(names.get(entry, entry) for entry in entries), "<mask>"]
     if len(tokens) != len(set(tokens)):
         raise ValueError(f"{dictionary.name} has a unit twice: its ids cannot be told")

@@ -1189,17 +1189,18 @@ def own_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
         form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
         rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
     # The first text goes by three names, the second by two; capital letters make no difference.
-    rows = [{str(name).strip().lower(): value for name, value in row.items()} for row in rows]
+    rows = [{name and name.strip().lower(): value for name, value in row.items()} for row in rows]
     columns = rows[0] if rows else {}
     first = [name for name in ("text", "sentence", "sentence1") if name in columns]
     second = [name for name in ("text_b", "sentence2") if name in columns]
     if not first:
         raise ValueError(f"no column text (or sentence), but {', '.join(columns) or 'no row'}")
     for number, row in enumerate(rows):
-        label = row.get(task.label)
-        is_given = split != "test" and label not in (None, "") and "none" not in row  # none: cells too many
-        texts = [row.get(name) for name in first[:1] + second[:1]]
-        yield f"row {number + 1}", str(row.get("id", number)), texts, str(label) if is_given else None
+        # Surplus cells are under None. A label that is no text or number (NaN: pandas' missing one) is none.
+        label = row.get(task.label) if split != "test" and None not in row else None
+        is_given = isinstance(label, str | int | float) and str(label).strip() not in ("", "nan")
+        texts = [row[first[0]] or None, *[row.get(name) for name in second[:1]]]
+        yield f"row {number + 1}", str(row.get("id", number)), texts, str(label).strip() if is_given else None
 
 
 def labels_of(config: FinetuneConfig, shape: RobertaConfig) -> tuple[str, ...]:
@@ -1410,7 +1411,7 @@ def evaluate_models(head: Head, models: Sequence[str], ranks: Ranks) -> dict:
     dev, _, predictions = average(head, models, "dev", ranks)
     results["metrics"] = metrics_of(task, predictions, dev.examples)
     if not results["metrics"]:
-        say("the dev set has no labels: no metrics")
+        say("the dev set is without labels, or some are missing: no metrics")
     elif find_files(task, config.data, "train"):
         training = read_examples(task, config, "train")
         results["majority"] = majority_metrics(task, training, dev.examples)
@@ -1453,7 +1454,7 @@ def write_predictions(head: Head, models: Sequence[str], ranks: Ranks) -> None:
         names = {"matched": "MNLI-m", "mismatched": "MNLI-mm", "AX": "AX"}
         for example, value, scores in zip(split.examples, predictions, probabilities):
             value = min(max(value, 0), 5) if task.name == "sts-b" else value
-            row = [example.id, task.labels[value] if task.labels else f"{value:.6g}"]
+            row = [example.id, task.labels[value] if task.labels else f"{value:.12g}"]
             sure = [f"{score:.6f}" for score in scores] if task.labels else []
             name = names.get(example.part, task.folder or "predictions")
             if task.folder:

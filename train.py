@@ -956,9 +956,9 @@ def claim_directory(out: Path, described: dict[str, dict], config: RunConfig, ra
     for part, values in fixed.items():
         for name, value in values.items():
             if (found := before.get(part, {}).get(name)) != value:
+                way = f"; to go on from its weights: --init-from {out} --out NEW" if part == "flags" else ""
                 raise ValueError(f"{out} holds a run with {name} {found}, this one has {value}; choose "
-                                 "another --out, or delete it to start over (to pretrain from its weights "
-                                 f"with other settings: --init-from {out} --out NEW)")
+                                 f"another --out, or delete it to start over{way}")
     ranks.meet("the beginning of the run")  # all have looked
     if ranks.rank == 0 and before is fixed:
         data.write_json(out / "run.json", described | {"fingerprint": fingerprint})
@@ -1223,6 +1223,8 @@ def check(config: TrainConfig) -> None:
     data.check_flags(config)
     if config.data == "":
         raise ValueError("--data is empty; leave it out to learn from the documentation installed here")
+    if config.init_from and Path(config.init_from).resolve() == Path(config.out).resolve():
+        raise ValueError(f"--init-from and --out are both {config.out}; choose another --out")
     if config.eval_only and not config.init_from:
         raise ValueError("--eval-only evaluates the model of --init-from DIR, which is not given")
     if config.warmup_steps > config.max_steps:

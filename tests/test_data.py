@@ -141,7 +141,7 @@ def test_files_are_read_by_ending_or_look_and_the_rest_is_counted(tmp_path, caps
     left_out = {}
     (tmp_path / "wiki_00").write_text('{"title": "x", "body": "y"}')
     assert documents(tmp_path / "wiki_00", left_out) == []
-    assert "(its fields are title, body); see --text-field" in str(left_out)
+    assert "(its fields are title, body); see data.py prepare --text-field" in str(left_out)
 
 
 def test_a_document_is_what_parts_of_blank_lines_a_line_or_a_file(tmp_path, monkeypatch):
@@ -404,6 +404,15 @@ def test_workers_end_with_a_killed_parent():
     workers = [int(parent.stdout.readline()) for _ in range(2)]
     parent.kill()
     assert parent.stdout.read() == "" and len(set(workers)) == 2  # the pipe's end: nobody is left to write
+
+
+def test_a_text_that_is_mended_after_a_failed_start_begins_again(tmp_path):
+    (tmp_path / "a.txt").write_text("only one document")
+    with pytest.raises(ValueError, match="fewer than 2 different documents"):
+        data.prepare(flags(tmp_path / "a.txt", tmp_path / "out"))
+    (tmp_path / "a.txt").write_text("\n\n".join(make_documents(30)))
+    mended = data.prepare(flags(tmp_path / "a.txt", tmp_path / "out"))
+    assert contents(mended) == contents(data.prepare(flags(tmp_path / "a.txt", tmp_path / "fresh")))
 
 
 def test_other_settings_in_the_same_place_are_refused_with_both_values(tmp_path):

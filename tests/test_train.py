@@ -422,7 +422,7 @@ def test_two_ranks_go_on_and_evaluate_like_one(straight, prepared, tmp_path):
     ({"input_format": "segment-pair"}, "--input-format segment-pair needs type_vocab_size 2, .* has 1"),
     ({"source": "no/such/place"}, "no/such/place"),
     ({"text": "other"}, "with vocabulary {theirs}, and .* has {ours}; give the text itself as --data, or"),
-    ({"out": "the model"}, "run with .* from its weights .*: --init-from .* --out NEW"),
+    ({"out": "the model"}, "--init-from and --out are both .*; choose another --out"),
 ])
 def test_a_model_that_does_not_fit_is_one_line(straight, prepared, tmp_path, capsys, changes, message):
     corpus = write_corpus(tmp_path / "corpus")
