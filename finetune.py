@@ -1199,7 +1199,9 @@ def own_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
         # Surplus cells are under None. A label that is no text or number (NaN: pandas' missing one) is none.
         label = row.get(task.label) if split != "test" and None not in row else None
         is_given = isinstance(label, str | int | float) and str(label).strip() not in ("", "nan")
-        texts = [row[first[0]] or None, *[row.get(name) for name in second[:1]]]
+        texts = [None if None in row else row.get(name) for name in first[:1] + second[:1]]
+        texts = [text.strip() if isinstance(text, str) else text for text in texts]
+        texts[0] = texts[0] or None  # a blank text is none; as in GLUE's files, blanks around one are no text
         yield f"row {number + 1}", str(row.get("id", number)), texts, str(label).strip() if is_given else None
 
 
