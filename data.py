@@ -122,9 +122,13 @@ def count_pretokens(documents: Iterable[str]) -> Counter[str]:
         start, *others = re.split(r" (?=\S)", document) if has_runs_of_spaces else document.split(" ")
         counts.update(pretokens(start))
         pieces.update(others)
+    # Pieces of equal count are joined again, with the spaces they lost, so the pattern runs once per count.
+    pieces_by_count = defaultdict(list)
     for piece, count in pieces.items():
-        for pretoken in pretokens(" " + piece):  # with the space that it lost
-            counts[pretoken] += count
+        pieces_by_count[count].append(piece)
+    for count, equally_frequent in pieces_by_count.items():
+        for pretoken, times in Counter(pretokens(" " + " ".join(equally_frequent))).items():
+            counts[pretoken] += times * count
     return counts
 
 
@@ -235,36 +239,39 @@ def merge_pair(pair: str, unit: str, where: list[int], words: list[str], frequen
 
     >>> words, counts = ["then", "hehe"], defaultdict(int)
     >>> merge_pair("he", "H", [0, 1], words, [1, 1], counts)
-    {'tH': [0], 'Hn': [0], 'Hh': [1], 'HH': [1]}
+    {'tH': [0], 'HH': [1], 'Hn': [0], 'Hh': [1]}
     >>> words, dict(counts)
-    (['tHn', 'HH'], {'th': -1, 'tH': 1, 'en': -1, 'Hn': 1, 'eh': -1, 'Hh': 0, 'HH': 1})
+    (['tHn', 'HH'], {'th': -1, 'tH': 1, 'Hh': 0, 'HH': 1, 'en': -1, 'Hn': 1, 'eh': -1})
     """
     first, second = pair
-    arose: dict[str, list[int]] = defaultdict(list)
-
-    def change(old_pair: str, new_pair: str, index: int) -> None:
-        # A word that occurs ten times counts ten times.
-        pair_count[old_pair] -= frequency[index]
-        pair_count[new_pair] += frequency[index]
-        arose[new_pair].append(index)
-
+    # With "h e" merged in "t h e n", the pairs (t, h) and (e, n) go, (t, he) and (he, n) come. So what
+    # matters is the neighbour on either side: collected here with the words in which it stands there.
+    words_left, words_right = defaultdict(list), defaultdict(list)
     # A word of a million "a" is listed a million times in a row for the pair "aa": groupby gives it once.
     for index, _ in itertools.groupby(where):
         # (Where an earlier merge took the pair out of this word, it is a single piece, and nothing happens.)
         pieces = words[index].split(pair)
         words[index] = unit.join(pieces)
-        # With "h e" merged in "t h e n", the pairs (t, h) and (e, n) go, (t, he) and (he, n) come. So what
-        # matters is the neighbour on either side. Of two merges in a row, "h e h e", the first still has an
-        # "h" to its right when its neighbours change, and the second has the new unit to its left.
+        # From left to right. Of two merges in a row, "h e h e", the first still has an "h" to its right when
+        # its neighbours change, and the second has the new unit to its left.
         left = pieces[0]
         for number, right in enumerate(pieces[1:], 2):
+            is_end = number == len(pieces) and not right
             if left:
-                change(left[-1] + first, left[-1] + unit, index)
-            if right or number < len(pieces):
-                neighbour = right[0] if right else first
-                change(second + neighbour, unit + neighbour, index)
+                words_left[left[-1]].append(index)
+            if not is_end:
+                words_right[right[0] if right else first].append(index)
             left = right or unit
-    return dict(arose)
+    # For each neighbour: the pair that goes, the pair that comes; how often: a word's frequency each time.
+    changes = [(neighbour + first, neighbour + unit, seen_in) for neighbour, seen_in in words_left.items()]
+    changes += [(second + neighbour, unit + neighbour, seen_in) for neighbour, seen_in in words_right.items()]
+    arose: dict[str, list[int]] = {}
+    for old_pair, new_pair, seen_in in changes:
+        times = sum(map(frequency.__getitem__, seen_in))
+        pair_count[old_pair] -= times
+        pair_count[new_pair] += times
+        arose[new_pair] = seen_in
+    return arose
 
 
 # ----------------------------------------------------------------------------------------------------------
