@@ -990,7 +990,7 @@ def fit_head(head: Head, model: nn.Module) -> str:
     if len(wanted) == len(found) and all(re.fullmatch(r"label_\d+", label) for label in found):
         say(f"its head calls the labels {', '.join(found)}: they are taken for {', '.join(wanted)}")
         found = wanted
-    if sorted(wanted) != sorted(found):
+    if sorted(wanted) != sorted(found) or len({*found}) < len(found):  # yes and YES may be two labels
         return f"its labels are {', '.join(found)}, not {', '.join(wanted)}"
     rows = [found.index(label) for label in wanted]
     for parameter in model.classifier.out_proj.parameters():
@@ -1020,8 +1020,7 @@ def build_model(head: Head) -> nn.Module:
     else:  # only v2.0 asks whether there is an answer, so this part of a head may be missing or too much
         if head.task.name == "regression":  # trained without mean and deviation, saved with them
             scale_head(found, -head.task.mean / head.task.deviation, 1 / head.task.deviation)
-        kept = {name: weight for name, weight in found.state_dict().items() if name in model.state_dict()}
-        model.load_state_dict(model.state_dict() | kept)
+        model.load_state_dict(found.state_dict(), strict=False)
     say(f"encoder from {config.model}, {f'a fresh head: {reason}' if reason else 'its head, too'}")
     return model
 
@@ -1029,10 +1028,8 @@ def build_model(head: Head) -> nn.Module:
 def scale_head(model: nn.Module, mean: float, deviation: float) -> None:
     """Makes a model that gives numbers x give x * deviation + mean."""
     layer = model.classifier.out_proj
-    with torch.no_grad():
-        layer.weight *= deviation
-        layer.bias *= deviation
-        layer.bias += mean
+    layer.weight.data = layer.weight.data * deviation
+    layer.bias.data = layer.bias.data * deviation + mean
 
 
 def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict[str, Split]) -> dict[str, Any]:
@@ -1100,8 +1097,11 @@ def read_examples(task: Task, config: FinetuneConfig, split: str) -> list[Exampl
     if not files and split != "test":
         there = sorted(path.name for path in Path(config.data).glob("*"))[:9]
         names = ", ".join(name for _, name in names_of(task, split))
-        raise ValueError(f"{config.data}: no {split} set of {task.name} ({names}) in it or its "
-                         f"[glue/]{task.folder}, but {', '.join(there) or 'nothing'}")
+        below = f" or its [glue/]{task.folder}" if task.folder else ""
+        raise ValueError(f"{config.data}: no {split} set of {task.name} ({names}) in it{below}, but "
+                         f"{', '.join(there) or 'nothing'}")
+    if not task.folder and len(files) > 1:
+        raise ValueError(f"{files[0][1]} and {files[1][1].name}: which is the {split} set? Keep one of them")
     for part, path in files:
         for where, *row in rows_of(task, split, path):
             try:
@@ -1115,7 +1115,7 @@ def read_examples(task: Task, config: FinetuneConfig, split: str) -> list[Exampl
             raise ValueError(f"{path}: no example in it")
     for reason, count in bad.most_common():
         say(f"left out of {split} {count:,} rows {reason}")
-    if 20 * bad.total() > len(examples):
+    if 20 * bad.total() > len(examples) + bad.total():
         raise ValueError(f"more than one row in twenty of {split} is malformed; is this {task.name}?")
     counts = Counter(example.id for example in examples if task.folder == "squad" and split != "train")
     if counts and max(counts.values()) > 1:  # predictions are by id
@@ -1215,7 +1215,7 @@ def labels_of(config: FinetuneConfig, shape: RobertaConfig) -> tuple[str, ...]:
     if files and len(labels) < 2:
         raise ValueError(f"{files[0][1]}: its column label has {len(labels)} different labels; it takes two")
     are_numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
-    return tuple(sorted(labels, key=int if are_numbers else None))
+    return tuple(sorted(sorted(labels), key=int if are_numbers else None))  # 01 and 1 in an order, too
 
 
 def squad_rows(task: Task, split: str, path: Path) -> Iterator[tuple]:
@@ -1261,9 +1261,12 @@ def label_of(task: Task, written: Any) -> Any:
         if task.name == "squad1" and not answers:
             raise ValueError("no answer, which in v1.1 every question has; is this v2.0, --task squad2?")
         return answers
-    # The order of `Task.labels` gives the model's labels their numbers.
+    # The order of `Task.labels` gives the model's labels their numbers. A model's may be in capitals.
     if written in task.labels:
         return task.labels.index(written)
+    alike = [number for number, label in enumerate(task.labels) if label.lower() == str(written).lower()]
+    if len(alike) == 1:
+        return alike[0]
     if task.labels:
         raise ValueError(f"label {written!r} is none of {task.name}'s ({', '.join(task.labels)})")
     number = float(written)
@@ -1342,8 +1345,11 @@ def train_models(head: Head, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
     splits = {name: load_split(head, name, tokenizer) for name in ("train", "dev")}
     if head.task.name == "regression":
         numbers = [example.label for example in splits["train"].examples]
-        deviation = float(np.std(numbers)) or 1.0
-        head = head_of(head.task._replace(mean=float(np.mean(numbers)), deviation=deviation), config)
+        mean, deviation = float(np.mean(numbers)), float(np.std(numbers)) or 1.0
+        if deviation < 1e-5 * abs(mean):  # the model's 32 bits hold seven digits
+            raise ValueError(f"train's labels, {mean:.9g} ± {deviation:.3g}, are too close for 32 bits; "
+                             f"subtract {mean:.0f} from all of them")
+        head = head_of(head.task._replace(mean=mean, deviation=deviation), config)
     if len(runs) == 1:
         return run_or_read(head, ranks, tokenizer, splits), [config.out]
     claim(config, ranks, f"several runs of {head.task.name}")
@@ -1423,17 +1429,18 @@ def evaluate_models(head: Head, models: Sequence[str], ranks: Ranks) -> dict:
 def average(head: Head, models: Sequence[str], name: str, ranks: Ranks) -> tuple[Split, np.ndarray, list]:
     """A split, the mean over the models of their probabilities (§5.1), and what is predicted from it."""
     tokenizer = Tokenizer.from_pretrained(models[0])
-    split, probabilities = load_split(head, name, tokenizer), []
+    split, probabilities = None, []
     # One model in memory at a time. They are to agree in what an item is, so in the tokenizer.
     for path in models:
         model = roberta.open_model(path)
         reason = fit_head(head, model)
-        if head.task.name == "squad2" and not model.config.answerability:
+        if not reason and head.task.name == "squad2" and not model.config.answerability:
             reason = "it does not judge whether there is an answer"
         if reason:
             raise ValueError(f"{path} has no head for {head.task.name} ({reason}); train one first")
         if Tokenizer.from_pretrained(path).fingerprint != tokenizer.fingerprint:
             raise ValueError(f"{path} and {models[0]} cannot be averaged: they have different tokenizers")
+        split = split or load_split(head, name, tokenizer)
         probabilities.append(predict(model.to(ranks.device), head, split, ranks)[0])
     mean = np.mean(probabilities, axis=0)
     return split, mean, head.decide(mean, split.items, split.examples)
@@ -1454,16 +1461,17 @@ def write_predictions(head: Head, models: Sequence[str], ranks: Ranks) -> None:
     else:
         # What GLUE's server takes, and for RACE the like.
         names = {"matched": "MNLI-m", "mismatched": "MNLI-mm", "AX": "AX"}
+        labels = [" ".join(label.split()) for label in task.labels]  # a tab would begin another cell
         for example, value, scores in zip(split.examples, predictions, probabilities):
             value = min(max(value, 0), 5) if task.name == "sts-b" else value
-            row = [example.id, task.labels[value] if task.labels else f"{value:.12g}"]
+            row = [" ".join(example.id.split()), labels[value] if labels else f"{value:.12g}"]
             sure = [f"{score:.6f}" for score in scores] if task.labels else []
             name = names.get(example.part, task.folder or "predictions")
             if task.folder:
                 files.setdefault(f"{name}.tsv", ["index\tprediction"]).append("\t".join(row))
                 name += "-probabilities"
             if sure or not task.folder:
-                header = "\t".join(["index", "prediction", *task.labels])
+                header = "\t".join(["index", "prediction", *labels])
                 files.setdefault(f"{name}.tsv", [header]).append("\t".join(row + sure))
     for file, lines in files.items() if ranks.rank == 0 else ():
         data.write_atomically(out / file, "".join(f"{line}\n" for line in lines).encode())

@@ -322,10 +322,12 @@ def test_malformed_rows_can_be_left_out_up_to_one_in_twenty(tmp_path, tokenizer,
     replace_line(place / "train.tsv", 5, "broken")
     replace_line(place / "train.tsv", 9, "broken\ttoo")
     replace_line(place / "train.tsv", 11, "0\t0\t0\ta\tb\t2")
+    for line in range(20, 27):  # ten of 200 are not too many
+        replace_line(place / "train.tsv", line, "broken")
     head = head_for("qqp", data=str(place), skip_bad_rows=True)
-    assert len(finetune.load_split(head, "train", tokenizer).examples) == 197
+    assert len(finetune.load_split(head, "train", tokenizer).examples) == 190
     printed = capsys.readouterr().out
-    assert "left out of train 2 rows with label None: a text or label is missing" in printed
+    assert "left out of train 9 rows with label None: a text or label is missing" in printed
     assert "left out of train 1 rows with label '2': label '2' is none of qqp's (0, 1)" in printed
     text = (place / "train.tsv").read_text()
     (place / "train.tsv").write_text(text.replace("\t1\n", "\tyes\n"))
@@ -376,6 +378,9 @@ def test_ones_own_labels_are_learned_evaluated_and_predicted(tmp_path, model, en
     predicted = (tmp_path / "out" / "predictions.tsv").read_text().splitlines()[1:]
     assert [row.split("\t")[1] for row in predicted] == ['yes, "it" is', "no"]
     (tmp_path / "new" / "dev.csv").write_text("text,label\nsun,maybe\n")
+    (tmp_path / "new" / "dev.csv").write_text('text,text_b,label\nsun,mud,"YES, ""it"" is"\n')
+    assert start(*new, tmp_path / "capitals", eval_only=True)["metrics"]["accuracy"] == 1
+    (tmp_path / "new" / "dev.csv").write_text("text,label\nsun,maybe\n")
     message = "row 1: label 'maybe' is none of classification's (no, yes, \"it\" is)"
     refused(command(*new, tmp_path / "no", eval_only=True), message, capsys)
 
@@ -385,6 +390,7 @@ def test_ones_own_labels_are_learned_evaluated_and_predicted(tmp_path, model, en
     ("train.csv", 'text,label\n"open,yes\n', "train.csv: not a .csv that can be read (Error("),
     ("train.csv", "words,label\na,b\n", "no column text (or sentence), but words, label"),
     ("train.csv", "TEXT,Label\na,x\nb,x\n", "its column label has 1 different labels; it takes two"),
+    ("train.csv", "text,label\na,x\nWell, b,y\nc,z\n", "row 2: a text or label is missing, or there are"),
     ("train.jsonl", '{"text": 5, "label": 1}\n{"text": "a", "label": 0}\n', "row 1: no text, but [5]"),
 ])  # fmt: skip
 def test_ones_own_files_with_faults_are_one_line(tmp_path, model, capsys, name, content, message):
@@ -393,17 +399,27 @@ def test_ones_own_files_with_faults_are_one_line(tmp_path, model, capsys, name, 
     refused(command("classification", tmp_path, model, tmp_path / "run"), message, capsys)
 
 
+def test_ones_own_files_are_one_for_each_split_and_names_keep_to_their_cells(tmp_path, model, capsys):
+    place = write_own(tmp_path / "own", "csv", ("a\tb", "c"))
+    (place / "test.csv").write_text('id,text,text_b\n"x\ty\nz",sun,mud\n')
+    start("classification", place, model, tmp_path / "run", predict=True, epochs=1)
+    header, row = (tmp_path / "run" / "predictions.tsv").read_text().splitlines()
+    assert header == "index\tprediction\ta b\tc" and row.startswith("x y z\t")
+    write_own(place, "tsv")
+    refused(command("classification", place, model, tmp_path / "no"), "which is the train set?", capsys)
+
+
 def test_ones_own_csv_gives_what_glues_file_gives(tmp_path, model):
     glue = start("sst-2", write_glue(tmp_path, "sst-2"), model, tmp_path / "glue", epochs=2)
     (tmp_path / "own").mkdir()
     for split in ("train", "dev"):
         text = (tmp_path / "SST-2" / f"{split}.tsv").read_text()
-        (tmp_path / "own" / f"{split}.csv").write_text(text.replace("sentence", "text").replace("\t", ","))
+        (tmp_path / "own" / f"{split}.csv").write_text(text.replace("sentence", "text").replace("\t", " ,"))
     own = start("classification", tmp_path / "own", model, tmp_path / "out", epochs=2)
     assert own["metrics"]["accuracy"] == glue["metrics"]["accuracy"] and own["eval_loss"] == glue["eval_loss"]
 
 
-def test_numbers_of_any_range_are_learned_and_come_out_as_they_are(tmp_path, model):
+def test_numbers_of_any_range_are_learned_and_come_out_as_they_are(tmp_path, model, capsys):
     place = write_own(tmp_path / "own", "csv", ("-500.5", "90000"))
     results = start("regression", place, model, tmp_path / "run", predict=True, epochs=12)
     assert results["metrics"]["pearson"] > 0.9
@@ -413,6 +429,8 @@ def test_numbers_of_any_range_are_learned_and_come_out_as_they_are(tmp_path, mod
     assert high > 60_000 and low < 30_000
     again = start("regression", place, tmp_path / "run", tmp_path / "again", eval_only=True)
     assert again["metrics"] == pytest.approx(results["metrics"])
+    late = write_own(tmp_path / "late", "csv", ("1700000000", "1700000040"))
+    refused(command("regression", late, model, tmp_path / "no"), "too close for 32 bits; subtract 17", capsys)
     more = start("regression", place, tmp_path / "run", tmp_path / "more", peak_lr=1e-9, epochs=1)
     assert more["metrics"]["pearson"] == pytest.approx(results["metrics"]["pearson"], abs=1e-3)
 
