@@ -59,6 +59,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
@@ -1056,17 +1057,15 @@ def rows_of_list(path: Path, content: bytes) -> bytes:
 def jobs_of(files: list[Path], config: PrepareConfig, what: str) -> Iterator[list[Block]]:
     """Yields the blocks of the files in jobs of some 8 MB: a thousand small files become one job.
 
-    It says at every percent how far the reading is.
+    It shows how far the reading is.
     """
-    job, size, done, total = [], 0, 0, text_bytes(files)
-    for block in (block for file in files for block in read_blocks(file, config.documents)):
+    job, size, blocks = [], 0, (block for file in files for block in read_blocks(file, config.documents))
+    for block in counted(blocks, what, text_bytes(files), lambda block: len(block.content)):
         if job and size + len(block.content) > BLOCK_BYTES:
             yield job
             job, size = [], 0
         job.append(block)
         size += len(block.content)
-        done += len(block.content)
-        say_once(f"{what}: {min(100, 100 * done // total)} %")
     yield job
 
 
@@ -1161,8 +1160,9 @@ def harvest(out: Path, workers: int) -> Path:
     path = out / "documentation.jsonl"
     if not path.exists():
         files = documentation_files()
-        say(f"reading the documentation in {len(files)} Python files")
-        texts = filter(None, in_order(docstrings, files, workers))
+        say(f"reading the documentation in {len(files):,} Python files")
+        texts = in_order(docstrings, files, workers)
+        texts = filter(None, counted(texts, "reading the documentation", len(files)))
         write_atomically(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     return path
 
@@ -1591,10 +1591,36 @@ def read_fairseq_tokenizer(encoder: Path, merges: Path, dictionary: Path) -> tup
 def say(message: str) -> None:
     """Prints for the person watching, once however many ranks there are."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(message, flush=True)
+        print((CLEAR_LINE if sys.stdout.isatty() else "") + message, flush=True)
 
 
 say_once = functools.cache(say)
+
+
+def say_now(message: Callable[[], str]) -> None:
+    """Shows where something stands, in a line that goes when the next one comes: on a terminal it renews
+    itself; elsewhere, as in a file, a line comes once a minute.
+    """
+    now, is_terminal = time.monotonic(), sys.stdout.isatty()
+    if now - said_at[-1] > (0.2 if is_terminal else 60):
+        said_at[-1] = now
+        if not is_terminal:
+            say(message())
+        elif int(os.environ.get("RANK", 0)) == 0:
+            print(f"{CLEAR_LINE}{message()[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+
+CLEAR_LINE, said_at = "\r\033[K", [time.monotonic()]
+
+
+def counted(items: Iterable, what: str, total: int, size: Callable = lambda item: 1) -> Iterator:
+    """Passes items on, and shows how far they are of `total`, and how long the rest will take."""
+    began, done = time.monotonic(), 0
+    for item in items:
+        yield item
+        done += size(item)
+        left = (time.monotonic() - began) / max(1, done) * max(0, total - done)
+        say_now(lambda: f"{what}: {min(100, 100 * done // total)} %, {clock(left)} left")  # noqa: B023
 
 
 def read_json(path: Path) -> dict[str, Any]:

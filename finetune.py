@@ -577,7 +577,7 @@ def finetune_once(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict, 
     warmup_steps = round(config.warmup_ratio * max_steps)
 
     # All weights are trained: the pretrained encoder's and the head's.
-    training = train.begin(config, ranks, build_model(head))
+    training = train.begin(config, ranks, build_model(head), max_steps)
     train.resume(training, out, fingerprint)
     progress = training.progress
 
@@ -604,7 +604,7 @@ def finetune_once(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict, 
             must_save = must_stop or progress.step % config.checkpoint_interval == 0
             ends_epoch = progress.step % order.steps_per_epoch == 0
             if ends_epoch or must_save or progress.step % config.log_interval == 0:
-                train.log(training, out, max_steps, ["loss"])
+                train.log(training, out, ["loss"])
             if ends_epoch:
                 # The dev set judges. A model better than all before is saved at once. `progress` notes its
                 # step, so `save` never removes that checkpoint; in the end it is what the run leaves.

@@ -18,11 +18,11 @@ without dropout, more ranks or smaller micro-batches change nothing but rounding
 Part I is what the paper says; Part II is ranks, checkpoints, logs and the ways in which a run ends. What Part
 I needs of it: `Ranks` says which of the processes this is, and has `meet`, where all wait for all, and `sum`,
 a sum over all; `Progress` says where a run stands; `open_data`, `settle`, `make_batches` and
-`begin_pretraining` make the parts of a run; `log`, `log_result`, `foretell`, `plot_log`, `save` and `finish`
-write; `stop_signals` and `stop_asked` notice that the run is to end; `held_by_first_rank` keeps others out of
-the directory. `DIFFERS:` tags a departure from the paper, `CHOICE:` what it leaves open. Legend: B
-micro-batch, T tokens, M predicted places, V vocabulary; C, F and H as in roberta.py. A rank is one of the
-processes of a run.
+`begin_pretraining` make the parts of a run; `log`, `log_result`, `show_place`, `plot_log`, `save` and
+`finish` show and write; `stop_signals` and `stop_asked` notice that the run is to end; `held_by_first_rank`
+keeps others out of the directory. `DIFFERS:` tags a departure from the paper, `CHOICE:` what it leaves open.
+Legend: B micro-batch, T tokens, M predicted places, V vocabulary; C, F and H as in roberta.py. A rank is one
+of the processes of a run.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -101,8 +102,8 @@ class TrainConfig(RunConfig):
     and then the flags'.
     """
 
-    preset: Literal["tiny", "base", "large"] = flag(
-        "tiny", "size and schedule; beside --init-from the schedule alone", "Table 9; tiny: a laptop")
+    preset: Literal["tiny", "small", "base", "large"] = flag(
+        "tiny", "size and schedule; beside --init-from the schedule alone", "Table 9; tiny, small: a laptop")
     data: str | None = flag(None, "prepared directory, or text; none: documentation here", may_change=True)
     init_from: str | None = flag(None, "go on from the weights of the model in this directory")
     eval_only: bool = flag(False, "only evaluate the model of --init-from on --data's held-out part",
@@ -124,15 +125,22 @@ class TrainConfig(RunConfig):
 
 
 def tiny() -> TrainConfig:
-    """Minutes on two cores: bench/results/first_run.json has the figures.
+    """Minutes on two cores: bench/results/first_run.json has the figures, first_run_search.json those of the
+    recipes that it was chosen from.
 
     CHOICE: many small steps instead of §4.3's large batches: with so little compute the number of updates
     decides how soon the model leaves the plateau near the unigram entropy, to which every run
-    falls within some steps.
+    falls within some steps. Gradients of small batches are noisy, so beta2 averages over twice as many steps.
     """
-    return TrainConfig(preset="tiny", vocab_size=4096, batch_size=16, seq_len=64, peak_lr=2e-3,
-                       max_steps=4000, warmup_steps=300, eval_interval=500, eval_sequences=2048,
-                       checkpoint_interval=500)
+    return TrainConfig(preset="tiny", vocab_size=4096, batch_size=32, seq_len=64, peak_lr=2.4e-3,
+                       adam_beta2=0.99, max_steps=6500, warmup_steps=500, eval_interval=500,
+                       eval_sequences=2048, checkpoint_interval=1000)
+
+
+def small() -> TrainConfig:
+    """A night on two cores, an hour on one GPU; README has what to expect."""
+    return TrainConfig(preset="small", vocab_size=16_384, batch_size=32, seq_len=128, peak_lr=1e-3,
+                       max_steps=18_000, warmup_steps=900, eval_interval=1000, checkpoint_interval=1000)
 
 
 def base() -> TrainConfig:
@@ -143,7 +151,7 @@ def large() -> TrainConfig:
     return TrainConfig(preset="large", warmup_steps=30_000, peak_lr=4e-4)
 
 
-PRESETS = {"tiny": tiny, "base": base, "large": large}
+PRESETS = {"tiny": tiny, "small": small, "base": base, "large": large}
 
 
 def model_config(config: TrainConfig, vocab_size: int, initial: RobertaConfig | None = None) -> RobertaConfig:
@@ -264,12 +272,12 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    max_steps: int  # of the whole run
     # Since the last log line, on this rank: the sum of each loss, real tokens, places (padding, too). It is
     # kept on the device, as asking for it would wait for it.
     window: Tensor | float = 0.0
     window_counts: np.ndarray | int = 0  # what each loss is divided by, over all ranks: the same on all
     lap_began: float = field(default_factory=time.monotonic)
-    is_timed: bool = False  # whether `foretell` has seen a micro-batch of this process
 
 
 def accumulate(training: Training, batches: Sequence, losses_of: Callable, counts: Sequence[int]) -> None:
@@ -292,7 +300,7 @@ def accumulate(training: Training, batches: Sequence, losses_of: Callable, count
     number over all micro-batches of all ranks, which every rank knows from the order of the data and need not
     ask for.
     """
-    ranks, progress, began = training.ranks, training.progress, time.monotonic()
+    ranks, progress = training.ranks, training.progress
     training.model.train()
     for number, batch in enumerate(batches):
         # Dropout depends on where in the run we are, not on how often a generator was asked before.
@@ -319,7 +327,7 @@ def accumulate(training: Training, batches: Sequence, losses_of: Callable, count
         # 32 can't count beyond 16 million tokens one by one.
         counted = torch.tensor([batch.num_tokens, batch.input_ids.size], device=ranks.device)
         training.window = training.window + torch.cat([torch.stack(list(sums)).detach().double(), counted])
-        foretell(training, began, len(batches))
+        show_place(training, number + 1, len(batches))
     training.window_counts = training.window_counts + np.array(counts)
 
 
@@ -392,7 +400,8 @@ def update(training: Training, rate: float) -> None:
 
 @torch.no_grad()
 def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict[str, float]:
-    """Returns held-out loss and perplexity, the share of right first guesses, and the unigram baseline.
+    """Returns held-out loss and perplexity, the shares of masks whose token is the first guess, or among the
+    first five, and the unigram baseline.
 
     All ranks share the work. unigram: (V,) how often each token occurs in the training text.
     """
@@ -401,7 +410,8 @@ def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict
     # learning.
     model, ranks = training.model, training.ranks
     log_share = torch.from_numpy(np.log((unigram + 1) / (unigram + 1).sum()))
-    sums = torch.zeros(4, dtype=torch.float64)  # predictions, loss, baseline's loss, right first guesses
+    # Predictions, loss, baseline's loss, right first guesses, right ones among five.
+    sums = torch.zeros(5, dtype=torch.float64)
     with evaluating(model), ranks.autocast():
         # The masks are fixed, the same in every evaluation of every run on the same data (`open_data` gives
         # them a seed of their own), so that any two compare.
@@ -409,16 +419,18 @@ def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict
             logits, _ = model_outputs(model, batch, ranks.device)
             labels = torch.from_numpy(batch.labels)
             loss = F.cross_entropy(logits.float().cpu(), labels, reduction="sum")
-            right = (logits.argmax(-1).cpu() == labels).sum()
+            is_right = logits.topk(5).indices.cpu() == labels[:, None]  # (M, 5), the best guess first
             # What fills up the batch has label -100: it counts neither here nor in the loss.
             labels = labels[labels >= 0]
-            sums += torch.tensor([len(labels), loss, -log_share[labels].sum(), right], dtype=torch.float64)
+            baseline, right = -log_share[labels].sum(), is_right[:, 0].sum()
+            sums += torch.tensor([len(labels), loss, baseline, right, is_right.sum()], dtype=torch.float64)
     # Sums over all ranks, then one division: a mean of the ranks' means would weigh short shares too much.
-    count, loss, baseline, right = ranks.sum(sums, "the held-out losses").tolist()
+    count, loss, baseline, right, among_five = ranks.sum(sums, "the held-out losses").tolist()
     if count == 0:
         raise ValueError("the held-out split has no token to predict; prepare more text or raise --held-out")
     return {"eval_loss": loss / count, "eval_perplexity": perplexity(loss / count),
-            "unigram_perplexity": perplexity(baseline / count), "masked_accuracy": right / count}
+            "unigram_perplexity": perplexity(baseline / count), "masked_accuracy": right / count,
+            "masked_top5_accuracy": among_five / count}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -460,7 +472,7 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
                 must_save = must_stop or is_last or progress.step % config.checkpoint_interval == 0
                 must_evaluate = is_last or progress.step % config.eval_interval == 0
                 if must_save or must_evaluate or progress.step % config.log_interval == 0:
-                    log(training, out, config.max_steps)
+                    log(training, out)
                 # Held-out text, beside the training loss: the one that says what was learned.
                 if must_evaluate:
                     result = log_result(training, out, evaluate(training, held_out, corpus.unigram))
@@ -644,8 +656,8 @@ def free_memory(ranks: Ranks) -> float:
     return free / ranks_of_environment()[3]
 
 
-def begin(config: RunConfig, ranks: Ranks, model: RobertaModelBase) -> Training:
-    """Returns what a run trains with, at its beginning."""
+def begin(config: RunConfig, ranks: Ranks, model: RobertaModelBase, max_steps: int = 0) -> Training:
+    """Returns what a run of `max_steps` trains with, at its beginning."""
     # DDP copies rank 0's weights to all at the beginning, and hooks into the backward pass: as soon as the
     # gradients of some layers are there, they travel, while those of earlier layers are still computed.
     model = parallel = model.to(ranks.device)
@@ -655,7 +667,8 @@ def begin(config: RunConfig, ranks: Ranks, model: RobertaModelBase) -> Training:
     share = config.batch_size / ranks.world_size
     micro_batches = math.ceil(share / micro_batch_size(config, ranks.world_size))
     scaler = loss_scaler(ranks.device.type, ranks.precision, micro_batches)
-    return Training(config, ranks, model, parallel, make_optimizer(model, config), scaler, Progress())
+    optimizer = make_optimizer(model, config)
+    return Training(config, ranks, model, parallel, optimizer, scaler, Progress(), max_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -749,7 +762,7 @@ def begin_pretraining(config: TrainConfig, shape: RobertaConfig, corpus: Corpus,
     is_pairs = config.input_format in data.PAIR_FORMATS
     model = initial_model(config, shape, RobertaForPreTraining if is_pairs else RobertaForMaskedLM)
     say(f"{model.num_parameters():,} parameters")
-    training = begin(config, ranks, model)
+    training = begin(config, ranks, model, config.max_steps)
     resume(training, out, fingerprint)
     # Compiled is only what the step calls: what is saved keeps its names.
     if config.compile:
@@ -818,31 +831,40 @@ def finish(training: Training, result: dict, corpus: Corpus, held_out: Batches) 
         # From here on the directory is a model like any other.
         model.save_pretrained(out, corpus.tokenizer)
         data.write_json(out / "results.json", results)
-        print("\nheld-out perplexity {eval_perplexity:.2f}, unigram baseline {unigram_perplexity:.1f}; "
-              "{tokens:,} tokens in {seconds:,.0f} s\n\nheld-out sentences:".format(**results))
-        show_filled_masks(model, held_out.sequences.corpus)
-        print(f'\nfill your own:  python roberta.py "{out}" "Returns a new array of given <mask> and type."\n'
-              f"curves: {out / 'loss.png'}   log: {out / 'log.jsonl'}", flush=True)
+        say("\nheld-out perplexity {eval_perplexity:.2f}, unigram baseline {unigram_perplexity:.1f}; "
+            "{tokens:,} tokens in {seconds:,.0f} s\nof the masked tokens of held-out text the first guess "
+            "gets {masked_accuracy:.0%} right, the first five {masked_top5_accuracy:.0%}\n\n"
+            "held-out sentences, and the three best guesses, with the right one in [ ]:\n".format(**results))
+        example = show_filled_masks(model, held_out.sequences.corpus)
+        say(f"\nask it yourself:  python roberta.py {shlex.quote(str(out))} {shlex.quote(example)}\n"
+            f"your own text:    torchrun train.py --data FILE.txt --out runs/mine\n"
+            f"its curves:       {out / 'loss.png'}")
     return results
 
 
-def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5) -> None:
-    """Prints held-out sentences with one word masked, and what the model puts there."""
-    tokenizer, ends = corpus.tokenizer, corpus.sentences[:20_000]
+def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5) -> str:
+    """Prints held-out sentences with a word masked, and the three tokens that the model finds most probable;
+    returns the last one.
+    """
+    tokenizer, ends, masked = corpus.tokenizer, corpus.sentences[:20_000], "It is <mask>."
     for number in data.epoch_order(len(ends), 0, 0):
-        if count == 0:
-            return
         ids = corpus.read(ends[number - 1] if number else 0, ends[number])
         words = [tokenizer.decode([index]) for index in ids]
-        # A word worth asking for has five letters and more in one token, and does not stand at an end.
-        places = [place for place, word in enumerate(words[:-1]) if place > 2 and len(word) > 5
-                  and word[0] == " " and word[1:].isalpha() and word[1:].islower()]
+        # The word in the middle that is a single token, of three letters and more.
+        places = [place for place, word in enumerate(words[:-1]) if place > 2 and len(word) > 3
+                  and word[0] == " " and word[1:].isalpha() and not words[place + 1][0].isalpha()]
         if places and 10 <= len(ids) <= 25 and not set("\n<") & set("".join(words[1:])):
             place = places[len(places) // 2]
             masked = ("".join(words[:place]) + " <mask>" + "".join(words[place + 1 :])).strip()
-            best = model.fill_mask(masked, tokenizer, top_k=1)[0]
-            print(f"  {masked}\n     {best['token_str']} ({best['score']:.0%}); it was{words[place]}")
+            guesses = []
+            for guess in model.fill_mask(masked, tokenizer, top_k=3):
+                shown = guess["token_str"].strip() or "white space"
+                guesses.append(f"[{shown}]" if guess["token"] == ids[place] else shown)
+            say(f"  {masked}\n     {'  '.join(guesses)}   (it was{words[place]})")
             count -= 1
+        if count == 0:
+            break
+    return masked
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1046,7 +1068,7 @@ def lap(training: Training) -> float:
     return training.lap_began - began
 
 
-def log(training: Training, out: Path, max_steps: int, names: Sequence[str] = ("loss", "nsp_loss")) -> None:
+def log(training: Training, out: Path, names: Sequence[str] = ("loss", "nsp_loss")) -> None:
     """Writes and prints a line about the steps since the last one. names: of the losses, or more."""
     progress, scaler, seconds = training.progress, training.scaler, lap(training)
     # Means over what was predicted since the last line, on all ranks; the share of padding is of all places.
@@ -1061,21 +1083,23 @@ def log(training: Training, out: Path, max_steps: int, names: Sequence[str] = ("
              "tokens_per_second": round(tokens / seconds), "padding": 1 - tokens / slots}
     if scaler.is_enabled() or progress.skipped:
         line |= {"scale": scaler.get_scale(), "skipped": progress.skipped}
-    left = data.clock(progress.seconds / progress.step * (max_steps - progress.step))
-    log_result(training, out, line, f"  left {left}")
+    log_result(training, out, line, f"  {time_left(training, progress.step)} left")
 
 
-def foretell(training: Training, began: float, micro_batches: int) -> None:
-    """Says once, going by the first micro-batch, how long a step takes, where it is over a minute."""
-    # A step of BASE's 8,192 sequences takes hours on a laptop, and the first log line comes behind many.
-    if training.is_timed:
-        return
-    training.is_timed = True
-    training.window.cpu()  # waits for the device
-    seconds = micro_batches * (time.monotonic() - began)
-    if seconds > 60:
-        say(f"at the pace of the first of its {micro_batches:,} micro-batches, a step takes about "
-            f"{data.clock(seconds)}, and a log line comes every {training.config.log_interval:,} steps")
+def show_place(training: Training, number: int, micro_batches: int) -> None:
+    """Shows where a run is, `number` of a step's micro-batches done: a step of BASE's 8,192 sequences takes
+    hours on a laptop, and a log line comes after many steps.
+    """
+    step = training.progress.step
+    place = f", micro-batch {number:,} of {micro_batches:,}" if micro_batches > 1 else ""
+    data.say_now(lambda: f"step {step + 1:,} of {training.max_steps:,}{place}, "
+                         f"{time_left(training, step + number / micro_batches)} left")
+
+
+def time_left(training: Training, done: float) -> str:
+    """Returns how long the run still takes, at its pace so far. done: steps, and a part of one."""
+    seconds = training.progress.seconds + time.monotonic() - training.lap_began
+    return data.clock(seconds / done * (training.max_steps - done))
 
 
 def log_result(training: Training, out: Path, result: dict[str, float], more: str = "") -> dict[str, float]:

@@ -1,104 +1,84 @@
 """§4.2, Table 2: the four input formats, with next-sentence prediction and without.
 
-    python bench/input_format.py --scale cpu
+    python bench/input_format.py --scale cpu --glue glue
 
 The paper, with BASE: pairs of single sentences hurt (MNLI-m 82.9, where pairs of long segments have 84.0),
 and without NSP it is as good or better (84.7 for FULL-SENTENCES and for DOC-SENTENCES, which is the best in
 all but SST-2). RoBERTa takes FULL-SENTENCES, for the batches of DOC-SENTENCES vary in size.
 
 Varied: what a sequence is made of. Held: real tokens (a format that pads takes more steps), model, text.
-Every format is evaluated on the same held-out text, in FULL-SENTENCES, and fine-tuned on the same downstream
-task.
+Every format is evaluated on the same held-out text, in FULL-SENTENCES, and fine-tuned on the same tasks
+(downstream.py): one made of the text, and with --glue SST-2 and QNLI. `nsp_accuracy` is the share of right
+answers to BERT's second question, on held-out pairs.
 
-CHOICE: the downstream task is made of the text itself, so that the study needs no other data: is a sentence
-as it was written, or are its words shuffled, but for the first and the last? A model that has learned
-nothing of word order stays at one half. (Runs are kept as model directories, which finetune.py takes for any
-other task.)
-
-What to mind: perplexity on FULL-SENTENCES favours what was trained on it, and sequences of a few dozen
+Expected. It agrees with the paper if on the tasks SENTENCE-PAIR is the worst, and the formats without NSP are
+as good as SEGMENT-PAIR or better. It contradicts the paper if a pair format wins on the tasks by more than
+the seeds' range. Perplexity says less: it favours what was trained in the form it is measured in. And 128
 tokens leave little room for two segments, where the paper had 512.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import study
-from measure import texts_of
+import torch
+from downstream import fine_tune, tasks
+from measure import DEVICE
 from study import Cell, Flags, Panel, Paper, Session, Study
 
 import data
+import train
+from roberta import RobertaForPreTraining
 
 FORMATS = ("segment-pair", "sentence-pair", "full-sentences", "doc-sentences")
-EXAMPLES = {"smoke": 120, "cpu": 6000, "gpu": 24_000}  # of the made-up task; a sixth of them is its dev set
 
 
 def flags(session: Session, cell: Cell) -> Flags:
     text, common = study.prepared(session), session.scale.flags
-    word_order(session)  # is made now, before several runs want it at the same time
+    tasks(session)  # are made now, before several runs want them at the same time
     # How many tokens a step has, padding apart, seen on a few steps; then how many steps make equal tokens.
-    sequences = data.Sequences(data.Corpus(text), cell["input_format"], common["seq_len"])
-    batches = data.Batches(sequences, batch_size=common["batch_size"], micro_batch_size=common["batch_size"],
-                           seed=0, masking="dynamic", mlm_probability=0.15)
+    batches = batches_of(data.Corpus(text), cell["input_format"], common)
     tokens = [sum(batch.num_tokens for batch in batches.step(number).batches) for number in range(8)]
     steps = session.scale.sequences * common["seq_len"] / np.mean(tokens)
     return cell | {"data": text, "max_steps": round(steps)}
 
 
+def batches_of(corpus: data.Corpus, input_format: data.InputFormat, common: Flags) -> data.Batches:
+    sequences, size = data.Sequences(corpus, input_format, common["seq_len"]), common["batch_size"]
+    return data.Batches(sequences, batch_size=size, micro_batch_size=size, seed=0)
+
+
 def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
-    """Fine-tunes the run's model; returns the accuracy on the task's dev set."""
-    tuned = Path(f"{out}-finetuned")
-    flags = {"task": "sst-2", "data": word_order(session), "model": out, "out": tuned, "epochs": 3,
-             "peak_lr": session.scale.flags["peak_lr"] / 2}
-    study.run_script(session, "finetune.py", flags, Path(f"{out}.log"))
-    return {"accuracy": data.read_json(tuned / "results.json")["metrics"]["accuracy"]}
+    """Returns accuracies in per cent: of the fine-tuned model, and with pairs of next-sentence prediction."""
+    found = fine_tune(session, out)
+    if cell["input_format"] in data.PAIR_FORMATS:
+        found["nsp_accuracy"] = nsp_accuracy(session, cell["input_format"], out)
+    return found
 
 
-@functools.cache
-def word_order(session: Session) -> Path:
-    """Returns the folder of a task in SST-2's files: sentences, half of them with their inner words shuffled.
-
-    Training examples come from training documents, dev examples from held-out ones. Label 1: as written.
-    """
-    count = EXAMPLES[session.options.scale]
-    directory = session.data / f"word-order-{count}"
-    directory.mkdir(parents=True, exist_ok=True)
-    for split, name, wanted in (("heldout", "dev", count // 6), ("train", "train", count - count // 6)):
-        random = np.random.default_rng(0)
-        rows = ["sentence\tlabel"]
-        for words in plain_sentences(data.Corpus(study.prepared(session), split)):
-            label = len(rows) % 2
-            if label == 0:
-                words[1:-1] = random.permutation(words[1:-1])
-            rows.append(f"{' '.join(words)}\t{label}")
-            if len(rows) > wanted:
-                break
-        data.write_atomically(directory / f"{name}.tsv", ("\n".join(rows) + "\n").encode())
-    return directory
+@torch.inference_mode()
+def nsp_accuracy(session: Session, input_format: data.InputFormat, out: Path) -> float:
+    model = RobertaForPreTraining.from_pretrained(out).to(DEVICE)
+    held_out = data.Corpus(study.prepared(session), "heldout")
+    right = []
+    for batch in batches_of(held_out, input_format, session.scale.flags).held_out(2048):
+        _, scores = train.model_outputs(model, batch, DEVICE)
+        right += (scores.argmax(1).cpu().numpy() == batch.next_sentence_labels).tolist()
+    return 100 * sum(right) / len(right)
 
 
-def plain_sentences(corpus: data.Corpus) -> Iterator[list[str]]:
-    """Yields the words of sentences of 5 to 25 words that are mostly plain words."""
-    for document in texts_of(corpus):
-        for sentence in data.split_sentences(document):
-            words = sentence.split()
-            plain = sum(word.strip(".,;:()'").isalpha() for word in words)
-            if 5 <= len(words) <= 25 and plain >= 0.9 * len(words) and words[0][0].isupper():
-                yield words
-
-
+LONGER = study.MODEL | {"hidden_size": 128, "intermediate_size": 512, "peak_lr": 2e-3, "seq_len": 128}
 STUDY = Study(
     name="input_format",
     title="The four input formats, at equal tokens",
-    grid=dict.fromkeys(study.SCALES, {"input_format": FORMATS}),
+    cells=dict.fromkeys(study.SCALES, study.product(input_format=FORMATS)),
     flags=flags,
     measure=measure,
-    panels=(Panel("input_format", "eval_perplexity", "input_format"),
-            Panel("input_format", "accuracy", "input_format")),
-    columns=("eval_perplexity", "accuracy"),
+    panels=tuple(Panel("input_format", name, "input_format")
+                 for name in ("eval_perplexity", "word_order", "MNLI-m", "sst-2", "qnli", "SST-2")),
+    columns=("eval_perplexity", "word_order", "sst-2", "qnli", "nsp_accuracy"),
     paper=Paper("Table 2, BASE", ("SQuAD 1.1 F1", "SQuAD 2.0 F1", "MNLI-m", "SST-2", "RACE"), {
         ("segment-pair",): (90.4, 78.7, 84.0, 92.9, 64.2),
         ("sentence-pair",): (88.7, 76.2, 82.9, 92.1, 63.0),
@@ -106,9 +86,8 @@ STUDY = Study(
         ("doc-sentences",): (90.6, 79.7, 84.7, 92.7, 65.6),
     }),
     changes={
-        "cpu": {"flags": study.MODEL | {"hidden_size": 128, "intermediate_size": 512, "peak_lr": 2e-3},
-                "sequences": 36_000},
-        "gpu": {"sequences": 80_000},
+        "cpu": {"flags": LONGER, "sequences": 10_000, "seeds": 5},
+        "gpu": {"sequences": 80_000, "seeds": 5},
     },
 )
 

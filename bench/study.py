@@ -1,14 +1,15 @@
-"""What the paper's studies share: a grid of runs with several seeds, a table beside the paper's, a figure.
+"""What the paper's studies share: cells of runs with several seeds, a table beside the paper's, a figure.
 
     python bench/batch_size.py --scale smoke                      # seconds: does it work?
-    python bench/batch_size.py --scale cpu                        # about 20 minutes on two cores
+    python bench/batch_size.py --scale cpu                        # 10 to 45 minutes on two cores
     python bench/batch_size.py --scale gpu --corpus books/ wiki/  # minutes on one large GPU, on your own text
 
-A study is data: what is varied, the flags of train.py that follow from it, what is measured, what the paper
-found. This file does the rest, in the order in which it stands here: it runs `train.py` for every cell of
-the grid and every seed, and writes NAME-SCALE.json (a record for each run), .md and .png. Every run has its
-own directory; a second call of the same command takes the finished ones as they are. (After a change of the
-code, take a new --out.)
+A study is data: its cells, the flags of train.py that follow from each, what is measured, what the paper
+found. This file does the rest, in the order in which it stands here: it runs `train.py` for every cell and
+every seed, and writes NAME-SCALE.json (a record for each run), .md and .png. Every run has its own directory;
+a second call of the same command takes the finished ones as they are and goes on with the others. (After a
+change of the code, take a new --out.) What a study expects stands at the head of its file, written before it
+was run; what came out, in bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -33,7 +35,6 @@ from measure import ON_GPU, command, machine, texts_of
 from report import show
 
 import data
-import train
 
 # ----------------------------------------------------------------------------------------------------------
 # What a study is
@@ -42,6 +43,15 @@ import train
 Cell = dict[str, Any]  # one value of each thing that is varied: {"batch_size": 16, "peak_lr": 0.002}
 Flags = dict[str, Any]  # of train.py, by name
 Record = dict[str, Any]  # of one run: its cell, its seed, what was measured
+
+
+def product(**values: Iterable) -> list[Cell]:
+    """Returns a cell for each combination.
+
+    >>> product(masking=("static", "dynamic"), passes=(10,))
+    [{'masking': 'static', 'passes': 10}, {'masking': 'dynamic', 'passes': 10}]
+    """
+    return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
 
 
 @dataclass(frozen=True)
@@ -67,16 +77,19 @@ SCALES = {
 
 
 class Panel(NamedTuple):
-    """A part of the figure: y against x, with a line for each value of `line`; all three are of a record."""
+    """A part of the figure: y against x, with a line for each value of `line`; all three are of a record.
+
+    If y is a column of the paper's table, the panel shows the paper's figures.
+    """
 
     x: str
     y: str
-    line: str
+    line: str = ""  # "": one line
     log: bool = False  # x on a logarithmic scale
 
 
 class Paper(NamedTuple):
-    """A table of the paper's: its figures under its columns, by cell."""
+    """A table of the paper's: its figures under its columns, by the values of a cell."""
 
     source: str
     columns: tuple[str, ...]
@@ -99,11 +112,12 @@ class Study:
 
     name: str
     title: str
-    grid: dict[str, dict[str, tuple]]  # by scale: what is varied, its values; the longest runs best first
+    cells: dict[str, list[Cell]]  # by scale; the longest runs best first
     flags: Callable[[Session, Cell], Flags]  # at least `data` and `max_steps`
     panels: tuple[Panel, ...]
     paper: Paper
     columns: tuple[str, ...] = ("eval_perplexity",)  # what of the records the table sums up over the seeds
+    tuned: tuple[str, ...] = ()  # of a cell: the first seed tries all values, the others take the best
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by scale: what differs from SCALES
     measure: Callable[[Session, Cell, Path], dict[str, float]] | None = None  # what is added to a record
 
@@ -187,7 +201,7 @@ def run_script(session: Session, script: str, flags: Flags, log: Path) -> None:
 
 def run(study: Study, session: Session, cell: Cell, flags: Flags, seed: int) -> Record:
     """Does one run, or finds it done; returns its record."""
-    name = "-".join(f"{name}{value}" for name, value in cell.items()).replace("_", "")
+    name = re.sub(r"[^\w.-]", "", "-".join(f"{name}{value}" for name, value in cell.items()).replace("_", ""))
     out = session.runs / f"{name}-seed{seed}"
     flags = flags | {"seed": seed, "out": out}
     # The record is written when all is done, with the flags that it is of: other flags make another run.
@@ -197,38 +211,46 @@ def run(study: Study, session: Session, cell: Cell, flags: Flags, seed: int) -> 
         if finished["flags"] == described:
             return finished["record"]
     run_script(session, "train.py", flags, Path(f"{out}.log"))
-    record = {**cell, "seed": seed, **data.read_json(out / "results.json"), "curve": curve(out)}
+    record = {**cell, "seed": seed, **data.read_json(out / "results.json")}
     if study.measure:
         record |= study.measure(session, cell, out)
     data.write_json(path, {"flags": described, "record": record})
     return record
 
 
-def curve(out: Path) -> list[dict[str, float]]:
-    """Returns step, epoch and perplexity of each of a run's evaluations."""
-    lines = train.read_log(out)
-    # The lines of evaluations do not have the epoch; those of training have that in which their step began.
-    last = [line for line in lines if "epoch" in line][-1]
-    epochs_per_step = last["epoch"] / max(1, last["step"] - 1)
-    found = [(line["step"], line["eval_perplexity"]) for line in lines if "eval_perplexity" in line]
-    return [{"step": step, "epoch": step * epochs_per_step, "perplexity": value} for step, value in found]
-
-
 def run_all(study: Study, session: Session) -> list[Record]:
-    """Does all runs, several at a time; returns their records in the order of the grid."""
-    grid = study.grid[session.options.scale]
-    cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    """Does all runs, seed by seed, so that a study that is stopped early has seen every cell. Of values that
+    are tuned, only the best of the first seed go on; a record says whether its cell was `chosen`.
+    """
+    cells, records = study.cells[session.options.scale], []
+    for seed in range(session.scale.seeds):
+        records += run_seed(study, session, cells, seed)
+        cells = best_cells(study, records)
+    chosen = [tuple(cell.values()) for cell in cells]
+    return [record | {"chosen": tuple(record[name] for name in cells[0]) in chosen} for record in records]
+
+
+def best_cells(study: Study, records: list[Record]) -> list[Cell]:
+    """Returns the cells that differ in more than what is tuned: of each group the one of least perplexity."""
+    names = list(next(iter(study.cells.values()))[0])
+    groups = grouped([record for record in records if record["seed"] == 0],
+                     *[name for name in names if name not in study.tuned])
+    best = [min(group, key=lambda record: record["eval_perplexity"]) for group in groups.values()]
+    return [{name: record[name] for name in names} for record in best]
+
+
+def run_seed(study: Study, session: Session, cells: list[Cell], seed: int) -> list[Record]:
+    """Does the runs of a seed, several at a time; returns their records in the order of the cells."""
     flags = [complete(session.scale, study.flags(session, cell)) for cell in cells]
-    # Seed by seed: a study that is stopped early has seen every cell.
-    jobs = [(*job, seed) for seed in range(session.scale.seeds) for job in zip(cells, flags)]
-    print(f"{study.name}: {len(jobs)} runs, {session.options.jobs} at a time, in {session.runs}", flush=True)
+    print(f"{study.name}, seed {seed}: {len(cells)} runs, {session.options.jobs} at a time, in "
+          f"{session.runs}", flush=True)
     pool = ThreadPoolExecutor(session.options.jobs)  # of threads, each waiting for a process
     try:
-        futures = [pool.submit(run, study, session, *job) for job in jobs]
+        futures = [pool.submit(run, study, session, *job, seed) for job in zip(cells, flags)]
         for number, future in enumerate(as_completed(futures), 1):
             record = future.result()
-            shown = [f"{name} {show(record[name])}" for name in (*grid, "seed", *study.columns)]
-            print(f"{number}/{len(jobs)}  {'  '.join(shown)}", flush=True)
+            shown = [f"{name} {show(record[name])}" for name in (*cells[0], *study.columns) if name in record]
+            print(f"{number}/{len(cells)}  {'  '.join(shown)}", flush=True)
     except BaseException:
         # The runs that have begun end first; Ctrl-C has reached them, too, and train.py saves before it goes.
         pool.shutdown(cancel_futures=True)
@@ -261,16 +283,19 @@ def spread(values: list[float]) -> str:
 
 def table(study: Study, records: list[Record]) -> str:
     """Returns the Markdown table: a line for each cell, the paper's figures beside it where it has the same
-    cell; below, the paper's other cells."""
-    varied, paper = list(study.grid["smoke"]), study.paper
-    rows = [[*varied, "steps", *study.columns, *(f"paper: {column}" for column in paper.columns)]]
+    cell; below, the paper's other cells.
+    """
+    varied, paper = list(study.cells["smoke"][0]), study.paper
+    columns = [name for name in ("steps", *study.columns) if any(name in record for record in records)]
+    rows = [[*varied, *columns, *(f"paper: {column}" for column in paper.columns)]]
     rows.append(["---"] * len(rows[0]))
     cells = grouped(records, *varied)
     for cell in cells | paper.rows:
-        runs = cells.get(cell, [])
-        measured = [spread([run[name] for run in runs]) if runs else "" for name in ("steps", *study.columns)]
+        values = [[run[name] for run in cells.get(cell, []) if name in run] for name in columns]
         figures = paper.rows.get(cell, [""] * len(paper.columns))
-        rows.append([*map(show, cell), *measured, *map(str, figures)])
+        shown = [*cell, *[""] * (len(varied) - len(cell))]  # the paper's cells may leave the tuned ones out
+        rows.append([*map(show, shown), *(spread(found) if found else "" for found in values),
+                     *map(str, figures)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -283,37 +308,68 @@ def draw(study: Study, records: list[Record], path: Path) -> None:
     """Draws the panels side by side."""
     from matplotlib.figure import Figure
 
-    count = len(study.panels)
-    figure = Figure(figsize=(2 + 5 * count, 4.2), layout="constrained")
-    for number, panel in enumerate(study.panels, 1):
-        draw_panel(figure.add_subplot(1, count, number), panel, records)
-    figure.suptitle(f"{study.title}: median and range of the seeds")
+    varied = list(study.cells["smoke"][0])
+    of_paper = [dict(zip(varied, cell)) | dict(zip(study.paper.columns, figures))
+                for cell, figures in study.paper.rows.items()]
+    # A study may measure less than it could, such as without --glue.
+    panels = [panel for panel in study.panels
+              if panel.y in (*study.paper.columns, "perplexity") or panel.y in records[0]]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 0.5 + 3.7 * rows), layout="constrained")
+    for number, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, number)
+        is_papers = panel.y in study.paper.columns
+        draw_panel(axes, panel, of_paper if is_papers else records)
+        axes.set_title(f"the paper ({study.paper.source})" if is_papers else "here", fontsize=10)
+    figure.suptitle(f"{study.title} (line: median of the seeds, band: their range)")
     figure.savefig(path, dpi=150)
 
 
 def draw_panel(axes: Any, panel: Panel, records: list[Record]) -> None:
-    """Draws medians, and through each a line from the lowest to the highest of the seeds."""
-    points = records
-    if panel.x not in records[0]:  # it is in the curve, once for each evaluation
-        points = [record | point for record in records for point in record["curve"]]
-    for i, ((value,), of_line) in enumerate(grouped(points, panel.line).items()):
-        groups = grouped(of_line, panel.x)
+    """Draws a line through the medians of the seeds, a band from the lowest to the highest, and beside each
+    line what it is.
+    """
+    ends = []
+    for i, (value, of_line) in enumerate(grouped(records, *filter(None, [panel.line])).items()):
+        groups = grouped([record for record in of_line if panel.y in record], panel.x)
+        if all(isinstance(x, int | float) for (x,) in groups):
+            groups = dict(sorted(groups.items()))
         xs = [x for (x,) in groups]
-        samples = [[point[panel.y] for point in group] for group in groups.values()]
-        label = f"{panel.line.replace('_', ' ')} {show(value)}"
-        axes.plot(xs, list(map(median, samples)), color=COLORS[i % 7], marker=MARKERS[i % 7], label=label)
-        axes.vlines(xs, list(map(min, samples)), list(map(max, samples)), color=COLORS[i % 7])
-    if "perplexity" in panel.y:
-        # What guessing by frequency alone would reach. (A small share of the text has a worse one.)
-        baseline = min(record["unigram_perplexity"] for record in records)
-        axes.axhline(baseline, color="#555555", linestyle="--", linewidth=1, label="unigram baseline")
+        samples = [[record[panel.y] for record in group] for group in groups.values()]
+        middle, low, high = (list(map(which, samples)) for which in (median, min, max))
+        color = COLORS[i % 7]
+        axes.plot(xs, middle, color=color, marker=MARKERS[i % 7])
+        axes.fill_between(xs, low, high, color=color, alpha=0.2)
+        if len(xs) == 1:  # no band without a second point
+            axes.vlines(xs, low, high, color=color)
+        if value and panel.line != panel.x:
+            ends.append((middle[-1], xs[-1], f"{panel.line.replace('_', ' ')} {show(*value)}", color))
     if panel.log:
         axes.set_xscale("log")
         axes.minorticks_off()
+        xs = sorted({record[panel.x] for record in records})
         axes.set_xticks(xs, map(show, xs))
-    axes.set(xlabel=panel.x.replace("_", " "), ylabel=panel.y.replace("_", " "))
+    if "perplexity" in panel.y and "unigram_perplexity" in records[0]:
+        # What guessing by frequency alone would reach. (A small share of the text has a worse one.)
+        baseline = min(record["unigram_perplexity"] for record in records)
+        axes.axhline(baseline, color="#555555", linestyle="--", linewidth=1)
+        place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8}
+        axes.annotate("unigram", (0.02, baseline), **place)
+    label_lines(axes, ends)
+    axes.tick_params(axis="x", labelrotation=0 if isinstance(records[0][panel.x], int | float) else 30)
+    better = "(less is better)" if re.search("perplexity|bits", panel.y) else ""
+    axes.set(xlabel=panel.x.replace("_", " "), ylabel=f"{panel.y.replace('_', ' ')} {better}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+
+
+def label_lines(axes: Any, ends: list[tuple[float, Any, str, str]]) -> None:
+    """Writes beside the end of each line what it is, moved up where it would cover another."""
+    low, high = axes.get_ylim()
+    before = -float("inf")
+    for y, x, text, color in sorted(ends, key=lambda end: end[0]):
+        before = max(y, before + 0.05 * (high - low))
+        axes.annotate(f"  {text}", (x, before), color=color, fontsize=8, va="center")
 
 
 def publish(study: Study, session: Session, records: list[Record]) -> None:
@@ -328,6 +384,7 @@ def publish(study: Study, session: Session, records: list[Record]) -> None:
     about = {"study": study.name, "command": call, **machine(), "precision": "fp16" if ON_GPU else "fp32",
              "corpus_tokens": tokens, "scale": asdict(session.scale)}
     data.write_json(results / f"{stem}.json", about | {"runs": records})
+    records = [record for record in records if record["chosen"]]
     draw(study, records, results / f"{stem}.png")
     text = (
         f"# {study.title}\n\n`{call}`, {about['machine']}, {about['date']}, commit "
@@ -349,6 +406,8 @@ def main(study: Study, about: str) -> None:
     parser = argparse.ArgumentParser(f"{study.name}.py", description=about, formatter_class=as_it_stands)
     parser.add_argument("--scale", choices=list(SCALES), default="smoke", help="how large; default: smoke")
     parser.add_argument("--corpus", nargs="+", default=[], help="text; none: the documentation installed")
+    parser.add_argument("--glue", help="folder with SST-2 and QNLI, for the studies that fine-tune")
+    parser.add_argument("--second-language", help="a text file, for text_encoding")
     parser.add_argument("--out", default="runs/studies", help="keeps runs and data; default: %(default)s")
     parser.add_argument("--results", help="where table and figure go; none: --out")
     parser.add_argument("--seeds", type=int, default=0, help="runs of each cell; 0: the scale's")

@@ -14,6 +14,10 @@ Character-level BPE is here what data.py trains, over text that is first tokenis
 accents dropped, punctuation apart, a word with a character outside the alphabet unknown. CHOICE: the
 alphabet is ASCII, so that a character is a byte, and byte-level BPE over such text is character-level BPE.
 
+Expected. It agrees with the paper if byte-level BPE costs a little at most, in bits a byte, and leaves no
+word unknown, in a second language neither (--second-language FILE, of which the units have learned nothing).
+It contradicts the paper if byte-level BPE is clearly worse at every size.
+
 What to mind: bits a byte are the loss of a masked token times the number of tokens, over the bytes. That is
 no probability of the text, and it is kind to small units, for the rest of a masked word gives a part of it
 away. What character-level BPE throws away (accents, unknown words, where spaces were) it need not predict.
@@ -61,11 +65,17 @@ def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
     tokenizer = data.Tokenizer.from_pretrained(out)
     ids = np.concatenate([tokenizer.encode_to_numpy(text) for text in changed])
     nats = len(ids) * masked_loss(model, tokenizer, ids, session.scale.flags["seq_len"])
-    return {
+    found = {
         "bits_per_byte": nats / math.log(2) / size,
         "tokens_per_word": len(ids) / words,
         "unknown_words": sum(text.count(UNKNOWN) for text in changed) / words,
     }
+    if session.options.second_language:
+        text = Path(session.options.second_language).read_text(encoding="utf-8")
+        changed = CHANGES[cell["encoding"]](text)
+        found |= {"second_tokens_per_byte": len(tokenizer.encode(changed)) / len(text.encode()),
+                  "second_unknown_words": changed.count(UNKNOWN) / len(text.split())}
+    return found
 
 
 @torch.inference_mode()
@@ -108,16 +118,14 @@ CHANGES = {"byte": str, "character": as_for_bert}  # byte-level BPE reads a text
 STUDY = Study(
     name="text_encoding",
     title="Byte-level and character-level BPE, for one text",
-    grid={
-        "smoke": {"encoding": ("byte", "character"), "units": (512, 1024)},
-        "cpu": {"encoding": ("byte", "character"), "units": (1024, 4096, 8192)},
-        "gpu": {"encoding": ("byte", "character"), "units": (2048, 8192, 32768)},
-    },
+    cells={scale: study.product(encoding=("byte", "character"), units=units) for scale, units in (
+        ("smoke", (512, 1024)), ("cpu", (1024, 4096, 8192)), ("gpu", (2048, 8192, 32768)))},
     flags=flags,
     measure=measure,
     panels=(Panel("units", "bits_per_byte", "encoding", log=True),
             Panel("units", "tokens_per_word", "encoding", log=True)),
-    columns=("bits_per_byte", "tokens_per_word", "unknown_words", "parameters"),
+    columns=("bits_per_byte", "tokens_per_word", "unknown_words", "second_tokens_per_byte",
+             "second_unknown_words", "parameters"),
     paper=Paper("§4.4 and Table 9, BASE", ("parameters",), {
         ("byte", "50K"): ("15M more",),
         ("character", "30K"): ("",),

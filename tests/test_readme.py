@@ -42,9 +42,36 @@ def test_files_and_flags_that_are_named_exist():
         for field in data.dataclasses.fields(config)
     }
     torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
-    benchmarks = {"--benchmark-only", "--benchmark-json", "--scale", "--corpus", "--out"}
+    benchmarks = {"--benchmark-only",
+                  "--benchmark-json", "--scale", "--corpus", "--out", "--glue",
+                  "--second-language", "--results"}
     named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", README))
     assert named <= flags | torchruns | benchmarks | {"--help"}
+
+
+def numbers_in(value):
+    """All numbers of a JSON file, its texts apart."""
+    if isinstance(value, dict | list):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(entry)
+    elif isinstance(value, int | float):
+        yield from (value, 100 * value, value / 60, value / 1e6)  # per cent, minutes, millions
+
+
+@pytest.mark.parametrize("document", ["README.md", "bench/RESULTS.md"])
+def test_figures_are_those_of_the_files_they_name(document):
+    """Every number of a line that links to results is in one of these, rounded as it is quoted."""
+    folder, lines = (ROOT / document).parent, (ROOT / document).read_text(encoding="utf-8").splitlines()
+    checked = 0
+    for line in lines:
+        names = re.findall(r"\]\(([\w/.-]+\.json)\)", line)
+        found = [number for name in names for number in numbers_in(json.loads((folder / name).read_text()))]
+        text = re.sub(r"`[^`]*`|\([^)]*\)", "", line) if names else ""  # commands, paths and remarks apart
+        for quoted in re.findall(r"(?<![\w.§-])\d[\d,]*(?:\.\d+)?(?![\w-])", text):
+            digits = len(quoted.partition(".")[2])
+            assert any(f"{number:,.{digits}f}" == quoted for number in found), (quoted, line)
+            checked += 1
+    assert checked >= 3
 
 
 def test_commands_parse():

@@ -1,14 +1,15 @@
 """train.py: what may not change a result (ranks, micro-batches), the figures it writes, and clear errors."""
 
 import dataclasses
-import itertools
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -148,7 +149,8 @@ def test_a_run_leaves_what_it_promises(straight, prepared):
     for line in training:
         names = "step epoch loss perplexity lr grad_norm tokens_per_second padding".split()
         assert line.keys() == set(names) and line["perplexity"] == pytest.approx(math.exp(line["loss"]))
-    measured = {"eval_loss", "eval_perplexity", "unigram_perplexity", "masked_accuracy"}
+    measured = {"eval_loss", "eval_perplexity", "unigram_perplexity", "masked_accuracy",
+                "masked_top5_accuracy"}
     assert all(line.keys() == measured | {"step"} for line in evaluations)
     assert results.items() >= {name: evaluations[1][name] for name in measured}.items()
     batches = [batch for step in range(12) for batch in small_batches(prepared).step(step).batches]
@@ -186,7 +188,7 @@ def test_evaluation_and_its_unigram_baseline_equal_a_count_by_hand(straight, pre
     model = roberta.RobertaForMaskedLM.from_pretrained(straight)
     share = np.bincount(data.Corpus(prepared).tokens, minlength=400) + 1
     share = share / share.sum()
-    loss, baseline, correct, total = 0.0, 0.0, 0, 0
+    loss, baseline, correct, among_five, total = 0.0, 0.0, 0, 0, 0
     for batch in small_batches(prepared, split="heldout", seed=2**32).held_out(4096):
         logits = model(torch.from_numpy(batch.input_ids)).flatten(0, 1).log_softmax(-1).detach().numpy()
         for place, label in zip(batch.predicted, batch.labels):
@@ -195,13 +197,17 @@ def test_evaluation_and_its_unigram_baseline_equal_a_count_by_hand(straight, pre
                 loss -= logits[place, label]
                 baseline -= math.log(share[label])
                 correct += logits[place].argmax() == label
+                among_five += label in np.argsort(logits[place])[-5:]
     assert results["eval_loss"] == pytest.approx(loss / total, rel=1e-5)
     assert results["unigram_perplexity"] == pytest.approx(math.exp(baseline / total), rel=1e-9)
     assert results["masked_accuracy"] == pytest.approx(correct / total)
+    assert results["masked_top5_accuracy"] == pytest.approx(among_five / total)
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(prepared, tmp_path, monkeypatch):
-    scores, more = iter([3.0, 1.0, 2.0, 2.5, 2.2]), {"eval_perplexity": 2.0, "unigram_perplexity": 3.0}
+    scores, names = iter([3.0, 1.0, 2.0, 2.5, 2.2]), ("eval_perplexity", "unigram_perplexity",
+                                                      "masked_accuracy", "masked_top5_accuracy")
+    more = dict.fromkeys(names, 0.5)
     monkeypatch.setattr(train, "evaluate", lambda *_: {"eval_loss": next(scores)} | more)
     train.pretrain(config(prepared, tmp_path / "run", max_steps=10, eval_interval=2, checkpoint_interval=2))
     assert [step for step, _ in train.checkpoints(tmp_path / "run")] == [10, 8, 4]
@@ -229,7 +235,8 @@ def test_a_first_run_needs_no_text_and_no_network(tmp_path):
             "train.main(['--max-steps', '20', '--eval-sequences', '64'])")
     result = run("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
-    assert "unigram baseline" in result.stdout and "held-out sentences:" in result.stdout
+    assert "unigram baseline" in result.stdout and result.stdout.count("   (it was ") == 5
+    assert "left" in result.stdout and "torchrun train.py --data FILE.txt" in result.stdout
     assert train.read_log(tmp_path / "runs" / "tiny")[-1]["step"] == 20
 
 
@@ -478,13 +485,27 @@ def test_a_resumed_run_keeps_its_micro_batch(prepared, tmp_path, monkeypatch):
         assert train.settle(asked, train.model_config(asked, 400), ranks).micro_batch_size == size
 
 
-def test_a_slow_step_is_foretold_once(prepared, tmp_path, monkeypatch, capsys):
-    clock = itertools.count(0, 40)
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
-    train.pretrain(config(prepared, tmp_path / "run", micro_batch_size=2))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "micro-batches, a step takes" in line]
-    assert lines == ["at the pace of the first of its 4 micro-batches, a step takes about 0:02:40, "
-                     "and a log line comes every 4 steps"]
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "\r\033[Ka\r\033[Kc\r\033[Kd\r\033[Ke\n"),
+                                                   (False, "d\ne\n")])
+def test_the_current_step_is_shown(monkeypatch, capsys, is_terminal, shown):
+    """On a terminal in a line that renews itself, five times a second at most; in a file once a minute."""
+    times = iter([10, 10.1, 50, 71])
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(data, "said_at", [0])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    for message in "abcd":
+        data.say_now(lambda: message)  # noqa: B023
+    data.say("e")
+    assert capsys.readouterr().out == shown
+
+
+def test_a_slow_step_shows_its_micro_batches(prepared, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(data, "say_now", lambda message: shown.append(message()))
+    train.pretrain(config(prepared, tmp_path / "run", micro_batch_size=2, max_steps=2))
+    places = [line.split(",")[:2] for line in shown]
+    assert places == [[f"step {step} of 2", f" micro-batch {n} of 4"] for step in (1, 2) for n in range(1, 5)]
+    assert all(re.fullmatch(r".*, 0:00:\d\d left", line) for line in shown)
 
 
 # ----------------------------------------------------------------------------------------------------------
