@@ -113,6 +113,7 @@ class TrainConfig(RunConfig):
     seq_len: int = recipe(512, "tokens a sequence at most", "§2", low=1)
     masking: Literal["dynamic", "static"] = recipe("dynamic", "new masks each epoch, or ten", "§4.1")
     mlm_probability: float = recipe(0.15, "share of tokens predicted", "§2", low=1e-9, high=0.99)
+    unigram_bias: bool = recipe(False, "the LM head's bias begins at the logs of the tokens' shares")
     input_format: data.InputFormat = recipe("full-sentences", "what a sequence is", "§4.2")
     vocab_size: int = shape(50265, "units, where --data is text", "§4.4", low=261, may_change=True)
     hidden_size: int | None = shape(None, "width; none: the preset's", low=1)
@@ -131,16 +132,19 @@ def tiny() -> TrainConfig:
     CHOICE: many small steps instead of §4.3's large batches: with so little compute the number of updates
     decides how soon the model leaves the plateau near the unigram entropy, to which every run
     falls within some steps. Gradients of small batches are noisy, so beta2 averages over twice as many steps.
+    CHOICE: the LM head's bias begins where it would have to be brought first, at the logs of the tokens'
+    shares in the text: so the run begins on that plateau.
     """
     return TrainConfig(preset="tiny", vocab_size=4096, batch_size=32, seq_len=64, peak_lr=2.4e-3,
-                       adam_beta2=0.99, max_steps=6500, warmup_steps=500, eval_interval=500,
-                       eval_sequences=2048, checkpoint_interval=1000)
+                       adam_beta2=0.99, unigram_bias=True, max_steps=6500, warmup_steps=500,
+                       eval_interval=500, eval_sequences=2048, checkpoint_interval=1000)
 
 
 def small() -> TrainConfig:
     """A night on two cores, an hour on one GPU; README has what to expect."""
     return TrainConfig(preset="small", vocab_size=16_384, batch_size=32, seq_len=128, peak_lr=1e-3,
-                       max_steps=18_000, warmup_steps=900, eval_interval=1000, checkpoint_interval=1000)
+                       adam_beta2=0.99, unigram_bias=True, max_steps=18_000, warmup_steps=900,
+                       eval_interval=1000, checkpoint_interval=1000)
 
 
 def base() -> TrainConfig:
@@ -398,6 +402,15 @@ def update(training: Training, rate: float) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def log_shares(unigram: np.ndarray) -> Tensor:
+    """Returns (V,) the logarithm of each token's share of a text, of how often each occurs in it (V,).
+
+    >>> log_shares(np.array([0, 2, 5])).exp()  # one is added to each, so that no share is 0
+    tensor([0.1000, 0.3000, 0.6000], dtype=torch.float64)
+    """
+    return torch.from_numpy(np.log((unigram + 1) / (unigram + 1).sum()))
+
+
 @torch.no_grad()
 def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict[str, float]:
     """Returns held-out loss and perplexity, the shares of masks whose token is the first guess, or among the
@@ -405,11 +418,9 @@ def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict
 
     All ranks share the work. unigram: (V,) how often each token occurs in the training text.
     """
-    # The baseline predicts each token with its share of the training text (add-one smoothed): all that a
-    # model without context can know. Every run falls to a plateau near it; leaving that is the first sign of
-    # learning.
-    model, ranks = training.model, training.ranks
-    log_share = torch.from_numpy(np.log((unigram + 1) / (unigram + 1).sum()))
+    # The baseline predicts each token with its share of the training text: all that a model without context
+    # can know. Every run falls to a plateau near it; leaving that is the first sign of learning.
+    model, ranks, log_share = training.model, training.ranks, log_shares(unigram)
     # Predictions, loss, baseline's loss, right first guesses, right ones among five.
     sums = torch.zeros(5, dtype=torch.float64)
     with evaluating(model), ranks.autocast():
@@ -761,6 +772,8 @@ def begin_pretraining(config: TrainConfig, shape: RobertaConfig, corpus: Corpus,
     fingerprint = claim_directory(out, described, config, ranks)
     is_pairs = config.input_format in data.PAIR_FORMATS
     model = initial_model(config, shape, RobertaForPreTraining if is_pairs else RobertaForMaskedLM)
+    if config.unigram_bias and config.init_from is None:
+        model.lm_head.bias.data = log_shares(corpus.unigram).float()
     say(f"{model.num_parameters():,} parameters")
     training = begin(config, ranks, model, config.max_steps)
     resume(training, out, fingerprint)

@@ -101,7 +101,7 @@ def test_every_parameter_decays_as_in_robertas_code():
     assert group["weight_decay"] == 0.01 and len(group["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize(("preset", "default"), [("tiny", 16), ("base", 8192)])
+@pytest.mark.parametrize(("preset", "default"), [("tiny", 32), ("small", 32), ("base", 8192)])
 def test_help_shows_every_flag_in_groups_with_the_presets_defaults(capsys, preset, default):
     with pytest.raises(SystemExit):
         train.main(["--preset", preset, "--help"])
@@ -226,6 +226,16 @@ def test_end_to_end_from_text_to_a_filled_mask(tmp_path):
     assert results["eval_perplexity"] < results["unigram_perplexity"] / 5
     filled = run("roberta.py", tmp_path / "run", "The number three is <mask>. The number two is zwei.")
     assert "drei" in filled.stdout.splitlines()[0], filled.stdout + filled.stderr
+
+
+def test_a_run_may_begin_at_the_unigrams_shares(prepared, tmp_path):
+    """Before its first step the model then knows what the baseline knows, and so has its loss."""
+    found = {}
+    for begins in (True, False):
+        changes = {"unigram_bias": begins, "max_steps": 1, "warmup_steps": 1, "peak_lr": 1e-12}
+        results = train.pretrain(config(prepared, tmp_path / str(begins), **changes))
+        found[begins] = results["eval_loss"] - math.log(results["unigram_perplexity"])
+    assert abs(found[True]) < 0.1 < 0.5 < found[False]
 
 
 @pytest.mark.slow
@@ -462,7 +472,7 @@ def test_eval_only_writes_over_nothing(straight, prepared, tmp_path, capsys, hol
 
 @pytest.mark.parametrize(("preset", "gigabytes", "size"), [
     (train.base(), 22.5, 8), (train.base(), 60, 32), (train.base(), 1, 1), (train.large(), 22.5, 4),
-    (train.tiny(), 2, 16)])
+    (train.tiny(), 2, 32)])
 def test_the_micro_batch_is_the_largest_that_fits(tmp_path, monkeypatch, preset, gigabytes, size):
     """On a CPU, where BASE keeps the attention's weights for dropout: at 32 it was killed in 24 GB."""
     monkeypatch.setattr(train, "free_memory", lambda ranks: gigabytes * 1e9)
