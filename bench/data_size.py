@@ -27,18 +27,11 @@ def flags(session: Session, cell: Cell) -> Flags:
     return {"data": text, "max_steps": sequences // session.scale.flags["batch_size"]}
 
 
-def cells(lengths: tuple[float, ...], shares: tuple[float, ...]) -> list[Cell]:
-    return study.product(length=lengths, share=shares)
-
-
+CELLS = study.product(length=(2.0, 1.0, 0.5), share=(1 / 128, 1 / 16, 1.0))
 STUDY = Study(
     name="data_size",
     title="More data, longer training",
-    cells={
-        "smoke": cells((1.0, 0.5), (0.5, 1.0)),
-        "cpu": cells((2.0, 1.0, 0.5), (1 / 128, 1 / 16, 1.0)),
-        "gpu": cells((2.0, 1.0, 0.5), (1 / 128, 1 / 16, 1.0)),
-    },
+    cells={"smoke": study.product(length=(1.0, 0.5), share=(0.5, 1.0)), "cpu": CELLS, "gpu": CELLS},
     flags=flags,
     panels=(Panel("steps", "eval_perplexity", "share", log=True), Panel("length", "MNLI-m", "share")),
     paper=Paper("Table 4, LARGE", ("SQuAD 1.1 F1", "SQuAD 2.0 F1", "MNLI-m", "SST-2"), {

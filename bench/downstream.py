@@ -8,7 +8,7 @@ half.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +21,17 @@ EXAMPLES = {"smoke": 120, "cpu": 4000, "gpu": 24_000}  # of a task at most; of t
 FOLDERS = {"sst-2": "SST-2", "qnli": "QNLI"}
 
 
-TASKS = ("word_order", "sst-2", "qnli")
-
-
-def fine_tune(session: Session, out: Path, names: tuple[str, ...] = TASKS) -> dict[str, float]:
-    """Fine-tunes a run's model on the tasks at hand; returns the accuracies on the dev sets, in per cent."""
+def fine_tune(session: Session, out: Path, names: Sequence[str] = ()) -> dict[str, float]:
+    """Fine-tunes a run's model on the tasks at hand, or on those of `names`; returns the accuracies
+    on the dev sets, in per cent.
+    """
     accuracies = {}
-    for name, task, folder in [task for task in tasks(session) if task[0] in names]:
-        tuned = Path(f"{out}-{name}")
+    for name, task, folder in [task for task in tasks(session) if not names or task[0] in names]:
+        tuned, common = Path(f"{out}-{name}"), session.scale.flags
         # A very small model wants larger rates than Table 10's.
-        flags = {"task": task, "data": folder, "model": out, "out": tuned, "epochs": 3, "seq_len": 64,
-                 "seed": out.name.rsplit("seed", 1)[1], "peak_lr": session.scale.flags["peak_lr"] / 2}
-        if session.options.scale == "smoke":
-            flags["seq_len"] = 32
+        flags = {"task": task, "data": folder, "model": out, "out": tuned, "epochs": 3,
+                 "seq_len": min(64, common["seq_len"]), "peak_lr": common["peak_lr"] / 2,
+                 "seed": out.name.rsplit("seed", 1)[1]}
         run_script(session, "finetune.py", flags, Path(f"{out}.log"))
         accuracies[name] = 100 * data.read_json(tuned / "results.json")["metrics"]["accuracy"]
     return accuracies

@@ -18,6 +18,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -315,7 +316,7 @@ def draw(study: Study, records: list[Record], path: Path) -> None:
     panels = [panel for panel in study.panels
               if panel.y in (*study.paper.columns, "perplexity") or panel.y in records[0]]
     columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.5 * columns, 0.5 + 3.7 * rows), layout="constrained")
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, number)
@@ -341,8 +342,7 @@ def draw_panel(axes: Any, panel: Panel, records: list[Record]) -> None:
         color = COLORS[i % 7]
         axes.plot(xs, middle, color=color, marker=MARKERS[i % 7])
         axes.fill_between(xs, low, high, color=color, alpha=0.2)
-        if len(xs) == 1:  # no band without a second point
-            axes.vlines(xs, low, high, color=color)
+        axes.vlines(xs, low, high, color=color)  # a single point has no band
         if value and panel.line != panel.x:
             ends.append((middle[-1], xs[-1], f"{panel.line.replace('_', ' ')} {show(*value)}", color))
     if panel.log:
@@ -354,8 +354,7 @@ def draw_panel(axes: Any, panel: Panel, records: list[Record]) -> None:
         # What guessing by frequency alone would reach. (A small share of the text has a worse one.)
         baseline = min(record["unigram_perplexity"] for record in records)
         axes.axhline(baseline, color="#555555", linestyle="--", linewidth=1)
-        place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8}
-        axes.annotate("unigram", (0.02, baseline), **place)
+        axes.annotate("unigram", (0.02, baseline), xycoords=("axes fraction", "data"), fontsize=8)
     label_lines(axes, ends)
     axes.tick_params(axis="x", labelrotation=0 if isinstance(records[0][panel.x], int | float) else 30)
     better = "(less is better)" if re.search("perplexity|bits", panel.y) else ""
