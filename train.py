@@ -142,9 +142,8 @@ def tiny() -> TrainConfig:
 
 def small() -> TrainConfig:
     """A night on two cores, an hour on one GPU; README has what to expect."""
-    return TrainConfig(preset="small", vocab_size=16_384, batch_size=32, seq_len=128, peak_lr=1e-3,
-                       adam_beta2=0.99, unigram_bias=True, max_steps=18_000, warmup_steps=900,
-                       eval_interval=1000, checkpoint_interval=1000)
+    return replace(tiny(), preset="small", vocab_size=16_384, seq_len=128, peak_lr=1e-3, max_steps=18_000,
+                   warmup_steps=900, eval_interval=1000)
 
 
 def base() -> TrainConfig:
