@@ -9,7 +9,7 @@ out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 shift
 studies=("$@")
-[ $# -gt 0 ] || studies=(batch_size masking input_format text_encoding data_size)
+[ $# -gt 0 ] || studies=(batch_size masking input_format text_encoding data_size ladder)
 end=$((SECONDS + 530))
 
 if [ ! -s "$out/benchmarks-gpu.json" ]; then
