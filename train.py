@@ -135,8 +135,8 @@ def tiny() -> TrainConfig:
     CHOICE: the LM head's bias begins where it would have to be brought first, at the logs of the tokens'
     shares in the text: so the run begins on that plateau.
     """
-    return TrainConfig(preset="tiny", vocab_size=4096, batch_size=32, seq_len=64, peak_lr=2.4e-3,
-                       adam_beta2=0.99, unigram_bias=True, max_steps=6500, warmup_steps=500,
+    return TrainConfig(preset="tiny", vocab_size=4096, batch_size=32, seq_len=64, peak_lr=3.6e-3,
+                       adam_beta2=0.99, unigram_bias=True, max_steps=7000, warmup_steps=500,
                        eval_interval=500, eval_sequences=2048, checkpoint_interval=1000)
 
 

@@ -12,7 +12,7 @@ more passes over it.
 Expected. It agrees with the paper if more text is as good or better at every length, the more so the longer
 the training, and if with all the text longer is better. It contradicts the paper if less text, read more
 often, wins. The amounts are megabytes, thousands of times less than the paper's, and the model is as much
-smaller: so the smallest share is read a hundred times, which no share of the paper's is.
+smaller: at the longest the smallest share is read some fifty times.
 """
 
 from __future__ import annotations
