@@ -42,8 +42,7 @@ def test_files_and_flags_that_are_named_exist():
         for field in data.dataclasses.fields(config)
     }
     torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"}
-    benchmarks = {"--benchmark-only",
-                  "--benchmark-json", "--scale", "--corpus", "--out", "--glue",
+    benchmarks = {"--benchmark-only", "--benchmark-json", "--scale", "--corpus", "--out", "--glue",
                   "--second-language", "--results"}
     named = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", README))
     assert named <= flags | torchruns | benchmarks | {"--help"}
@@ -67,7 +66,7 @@ def test_figures_are_those_of_the_files_they_name(document):
         names = re.findall(r"\]\(([\w/.-]+\.json)\)", line)
         found = [number for name in names for number in numbers_in(json.loads((folder / name).read_text()))]
         text = re.sub(r"`[^`]*`|\([^)]*\)", "", line) if names else ""  # commands, paths and remarks apart
-        for quoted in re.findall(r"(?<![\w.§-])\d[\d,]*(?:\.\d+)?(?![\w-])", text):
+        for quoted in re.findall(r"(?<![\w.§-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w-])", text):
             digits = len(quoted.partition(".")[2])
             assert any(f"{number:,.{digits}f}" == quoted for number in found), (quoted, line)
             checked += 1
