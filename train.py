@@ -844,7 +844,7 @@ def finish(training: Training, result: dict, corpus: Corpus, held_out: Batches) 
         model.save_pretrained(out, corpus.tokenizer)
         data.write_json(out / "results.json", results)
         say("\nheld-out perplexity {eval_perplexity:.2f}, unigram baseline {unigram_perplexity:.1f}; "
-            "{tokens:,} tokens in {seconds:,.0f} s\nof the masked tokens of held-out text the first guess "
+            "{tokens:,} tokens in {seconds:,.0f} s\nof the predicted tokens of held-out text the first guess "
             "gets {masked_accuracy:.0%} right, the first five {masked_top5_accuracy:.0%}\n\n"
             "held-out sentences, and the three best guesses, with the right one in [ ]:\n".format(**results))
         example = show_filled_masks(model, held_out.sequences.corpus)
