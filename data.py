@@ -1591,15 +1591,21 @@ def read_fairseq_tokenizer(encoder: Path, merges: Path, dictionary: Path) -> tup
 def say(message: str) -> None:
     """Prints for the person watching, once however many ranks there are."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print((CLEAR_LINE if sys.stdout.isatty() else "") + message, flush=True)
+        clear_line()
+        print(message, flush=True)
+
+
+def clear_line() -> None:
+    """Removes what `say_now` shows on a terminal."""
+    print(CLEAR_LINE if sys.stdout.isatty() else "", end="", flush=True)
 
 
 say_once = functools.cache(say)
 
 
 def say_now(message: Callable[[], str]) -> None:
-    """Shows where something stands, in a line that goes when the next one comes: on a terminal it renews
-    itself; elsewhere, as in a file, a line comes once a minute.
+    """Shows where something stands, on a terminal in a line that renews itself, and goes when something is
+    said; elsewhere, as in a file, in a line once a minute.
     """
     now, is_terminal = time.monotonic(), sys.stdout.isatty()
     if now - said_at[-1] > (0.2 if is_terminal else 60):
@@ -1614,7 +1620,7 @@ CLEAR_LINE, said_at = "\r\033[K", [time.monotonic()]
 
 
 def counted(items: Iterable, what: str, total: int, size: Callable = lambda item: 1) -> Iterator:
-    """Passes items on, and shows how far they are of `total`, and how long the rest will take."""
+    """Passes items on; shows how many of `total` are taken, and how long the rest takes at that pace."""
     began, done = time.monotonic(), 0
     for item in items:
         yield item
@@ -1817,7 +1823,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_flags(command, PrepareConfig())
     config = dataclasses.replace(PrepareConfig(), **vars(parser.parse_args(argv)))
     try:
-        prepare(config)
+        with contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(clear_line)
+            prepare(config)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

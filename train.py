@@ -141,7 +141,7 @@ def tiny() -> TrainConfig:
 
 
 def small() -> TrainConfig:
-    """A night on two cores, an hour on one GPU; README has what to expect."""
+    """A night on two cores, and with larger batches an hour on one GPU: not tried yet, see README."""
     return replace(tiny(), preset="small", vocab_size=16_384, seq_len=128, peak_lr=1e-3, max_steps=18_000,
                    warmup_steps=900, eval_interval=1000)
 
@@ -412,19 +412,20 @@ def log_shares(unigram: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict[str, float]:
-    """Returns held-out loss and perplexity, the shares of masks whose token is the first guess, or among the
-    first five, and the unigram baseline.
+    """Returns held-out loss and perplexity, of the predicted tokens the shares that are the first guess or
+    among the first five, and the unigram baseline. (One in ten of these stands there unmasked, §2.)
 
     All ranks share the work. unigram: (V,) how often each token occurs in the training text.
     """
     # The baseline predicts each token with its share of the training text: all that a model without context
-    # can know. Every run falls to a plateau near it; leaving that is the first sign of learning.
+    # can know. A run falls to a plateau near it, if it does not begin there; leaving that is the first sign
+    # of learning.
     model, ranks, log_share = training.model, training.ranks, log_shares(unigram)
     # Predictions, loss, baseline's loss, right first guesses, right ones among five.
     sums = torch.zeros(5, dtype=torch.float64)
     with evaluating(model), ranks.autocast():
-        # The masks are fixed, the same in every evaluation of every run on the same data (`open_data` gives
-        # them a seed of their own), so that any two compare.
+        # The masks are fixed, the same in every evaluation of every run on the same data in sequences of one
+        # length (`make_batches` gives them a seed of their own), so that any two compare.
         for batch in held_out.held_out(training.config.eval_sequences):
             logits, _ = model_outputs(model, batch, ranks.device)
             labels = torch.from_numpy(batch.labels)
@@ -856,7 +857,7 @@ def finish(training: Training, result: dict, corpus: Corpus, held_out: Batches) 
 
 def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5) -> str:
     """Prints held-out sentences with a word masked, and the three tokens that the model finds most probable;
-    returns the last one.
+    returns the last sentence with its mask.
     """
     tokenizer, ends, masked = corpus.tokenizer, corpus.sentences[:20_000], "It is <mask>."
     for number in data.epoch_order(len(ends), 0, 0):
@@ -1246,6 +1247,7 @@ def clean_end(unfit: int = 1) -> Iterator[None]:
 def leave(code: int, message: str = "") -> NoReturn:
     """Ends this process; a rank among others at once, for a farewell could block."""
     if message:
+        data.clear_line()
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # gloo's threads were seen to abort a process while Python took it down.

@@ -20,7 +20,6 @@ import data
 import train
 
 SMALL = TINY | {"seq_len": 128}
-BASE = {"preset": "base"}
 
 
 def run_training(out: Path, flags: dict[str, Any], ranks: int = 1, **options: Any) -> tuple[dict, float]:
@@ -36,7 +35,7 @@ def run_training(out: Path, flags: dict[str, Any], ranks: int = 1, **options: An
 def test_whole_run(benchmark, corpus, tmp_path):
     """A run with its evaluations and checkpoints, beside its steps alone at their usual pace."""
     steps = 10 if QUICK else 60
-    flags = (BASE if ON_GPU else SMALL) | {
+    flags = ({"preset": "base"} if ON_GPU else SMALL) | {
         "data": corpus.directory, "batch_size": 32 if ON_GPU else 8, "max_steps": steps, "warmup_steps": 5,
         "log_interval": steps // 10, "eval_interval": steps // 2, "eval_sequences": 16,
         "checkpoint_interval": steps // 2,

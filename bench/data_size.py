@@ -22,9 +22,8 @@ from study import Cell, Flags, Panel, Paper, Session, Study
 
 
 def flags(session: Session, cell: Cell) -> Flags:
-    text = study.share_of_corpus(session, cell["share"])
-    sequences = round(session.scale.sequences * cell["length"])
-    return {"data": text, "max_steps": sequences // session.scale.flags["batch_size"]}
+    steps = round(session.scale.sequences * cell["length"]) // session.scale.flags["batch_size"]
+    return {"data": study.share_of_corpus(session, cell["share"]), "max_steps": steps}
 
 
 CELLS = study.product(length=(2.0, 1.0, 0.5), share=(1 / 128, 1 / 16, 1.0))

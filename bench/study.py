@@ -146,7 +146,7 @@ def prepared_texts(session: Session, name: str, texts: Callable[[], Iterable], *
     if not rows.exists():
         lines = [json.dumps({"text": text}) + "\n" for text in texts()]
         data.write_atomically(rows, "".join(lines).encode())
-    return data.prepare(data.PrepareConfig((str(rows),), str(out), held_out=HELD_OUT, **config))
+    return data.prepare(data.PrepareConfig((str(rows),), str(out), **{"held_out": HELD_OUT} | config))
 
 
 @functools.cache
@@ -176,7 +176,9 @@ def complete(scale: Scale, flags: Flags) -> Flags:
     flags = scale.flags | flags
     steps = flags["max_steps"]
     defaults = {
-        # The paper tunes the warm-up for each setting (§3); here it is the same share of every run.
+        # The preset adds no dropout, positions that start wider, the bias at the unigram's logs, and β2 0.99
+        # where no flag names another. The paper tunes the warm-up for each setting (§3); here it is the same
+        # share of every run.
         "preset": "tiny", "warmup_steps": round(0.06 * steps), "log_interval": max(1, steps // 20),
         "eval_interval": max(1, steps // 5), "eval_sequences": 1024,
         "checkpoint_interval": max(1, steps // 3),
@@ -205,12 +207,12 @@ def run(study: Study, session: Session, cell: Cell, flags: Flags, seed: int) -> 
     name = re.sub(r"[^\w.-]", "", "-".join(f"{name}{value}" for name, value in cell.items()).replace("_", ""))
     out = session.runs / f"{name}-seed{seed}"
     flags = flags | {"seed": seed, "out": out}
-    # The record is written when all is done, with the flags that it is of: other flags make another run.
-    path, described = Path(f"{out}.json"), {name: str(value) for name, value in flags.items()}
-    if path.exists():
-        finished = data.read_json(path)
-        if finished["flags"] == described:
-            return finished["record"]
+    # The record is written when all is done, with all that was asked for: with another task it is made again.
+    asked = flags | {name: getattr(session.options, name) for name in ("glue", "second_language")}
+    path, described = Path(f"{out}.json"), {name: str(value) for name, value in asked.items()}
+    finished = data.read_json(path) if path.exists() else {}
+    if finished.get("flags") == described:
+        return finished["record"]
     run_script(session, "train.py", flags, Path(f"{out}.log"))
     record = {**cell, "seed": seed, **data.read_json(out / "results.json")}
     if study.measure:
@@ -220,7 +222,7 @@ def run(study: Study, session: Session, cell: Cell, flags: Flags, seed: int) -> 
 
 
 def run_all(study: Study, session: Session) -> list[Record]:
-    """Does all runs, seed by seed, so that a study that is stopped early has seen every cell. Of values that
+    """Does all runs, seed by seed: what was stopped can make its table with fewer --seeds. Of values that
     are tuned, only the best of the first seed go on; a record says whether its cell was `chosen`.
     """
     cells, records = study.cells[session.options.scale], []
@@ -232,11 +234,11 @@ def run_all(study: Study, session: Session) -> list[Record]:
 
 
 def best_cells(study: Study, records: list[Record]) -> list[Cell]:
-    """Returns the cells that differ in more than what is tuned: of each group the one of least perplexity."""
+    """Returns of the cells that differ only in what is tuned the best one; a run that diverged has none."""
     names = list(next(iter(study.cells.values()))[0])
     groups = grouped([record for record in records if record["seed"] == 0],
                      *[name for name in names if name not in study.tuned])
-    best = [min(group, key=lambda record: record["eval_perplexity"]) for group in groups.values()]
+    best = [min(group, key=lambda record: record["eval_perplexity"] or math.inf) for group in groups.values()]
     return [{name: record[name] for name in names} for record in best]
 
 
@@ -250,7 +252,8 @@ def run_seed(study: Study, session: Session, cells: list[Cell], seed: int) -> li
         futures = [pool.submit(run, study, session, *job, seed) for job in zip(cells, flags)]
         for number, future in enumerate(as_completed(futures), 1):
             record = future.result()
-            shown = [f"{name} {show(record[name])}" for name in (*cells[0], *study.columns) if name in record]
+            names = [name for name in (*cells[0], *study.columns) if record.get(name) is not None]
+            shown = [f"{name} {show(record[name])}" for name in names]
             print(f"{number}/{len(cells)}  {'  '.join(shown)}", flush=True)
     except BaseException:
         # The runs that have begun end first; Ctrl-C has reached them, too, and train.py saves before it goes.
@@ -313,10 +316,8 @@ def draw(study: Study, records: list[Record], path: Path) -> None:
     of_paper = [dict(zip(varied, cell)) | dict(zip(study.paper.columns, figures))
                 for cell, figures in study.paper.rows.items()]
     # A study may measure less than it could, such as without --glue.
-    panels = [panel for panel in study.panels
-              if panel.y in (*study.paper.columns, "perplexity") or panel.y in records[0]]
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    panels = [panel for panel in study.panels if panel.y in study.paper.columns or panel.y in records[0]]
+    rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
     figure = Figure(figsize=(4.5 * columns, 0.5 + 3.7 * rows), layout="constrained")
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, number)

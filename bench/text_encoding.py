@@ -47,12 +47,13 @@ UNKNOWN = "\x1a"  # ASCII's "substitute": a word with a character that is not of
 def flags(session: Session, cell: Cell) -> Flags:
     change = CHANGES[cell["encoding"]]
     whole = study.prepared(session)
+    # Nothing more is held out: both encodings are to read the same documents.
     text = study.prepared_texts(
         session, f"{cell['encoding']}-units{cell['units']}",
-        lambda: map(change, texts_of(data.Corpus(whole))), vocab_size=cell["units"])
+        lambda: map(change, texts_of(data.Corpus(whole))), vocab_size=cell["units"], held_out=1e-9)
     common = session.scale.flags
-    tokens_per_step = common["batch_size"] * common["seq_len"]
-    steps = PASSES[session.options.scale] * data.Corpus(text).num_tokens / tokens_per_step
+    sequences = len(data.Sequences(data.Corpus(text), "full-sentences", common["seq_len"]).bounds) - 1
+    steps = PASSES[session.options.scale] * sequences / common["batch_size"]
     return {"data": text, "max_steps": max(1, round(steps))}
 
 
@@ -68,14 +69,24 @@ def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
     found = {
         "bits_per_byte": nats / math.log(2) / size,
         "tokens_per_word": len(ids) / words,
-        "unknown_words": sum(text.count(UNKNOWN) for text in changed) / words,
+        "unknown_words": unknown_share(" ".join(changed)),
     }
     if session.options.second_language:
         text = Path(session.options.second_language).read_text(encoding="utf-8")
         changed = CHANGES[cell["encoding"]](text)
         found |= {"second_tokens_per_byte": len(tokenizer.encode(changed)) / len(text.encode()),
-                  "second_unknown_words": changed.count(UNKNOWN) / len(text.split())}
+                  "second_unknown_words": unknown_share(changed)}
     return found
+
+
+def unknown_share(text: str) -> float:
+    """Returns the share of a text's words, punctuation apart, that are unknown.
+
+    >>> unknown_share(as_for_bert("Tokyo (東京), said he"))
+    0.25
+    """
+    words = [word for word in text.split() if word == UNKNOWN or word.isalnum()]
+    return words.count(UNKNOWN) / len(words)
 
 
 @torch.inference_mode()
