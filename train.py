@@ -146,7 +146,7 @@ def small() -> TrainConfig:
     CHOICE: batch and rate were tried on 22,400 sequences each (bench/results/small.json): twice the rate stays
     on the plateau, half of it learns less, and half the batch or twice as many are no better.
     """
-    return replace(tiny(), preset="small", vocab_size=16_384, seq_len=128, peak_lr=1e-3, max_steps=22_000,
+    return replace(tiny(), preset="small", vocab_size=16_384, seq_len=128, peak_lr=1e-3, max_steps=18_000,
                    warmup_steps=1100, eval_interval=1000)
 
 
