@@ -124,10 +124,7 @@ def count_pretokens(documents: Iterable[str]) -> Counter[str]:
         counts.update(pretokens(start))
         pieces.update(others)
     # Pieces of equal count are joined again, with the spaces they lost, so the pattern runs once per count.
-    pieces_by_count = defaultdict(list)
-    for piece, count in pieces.items():
-        pieces_by_count[count].append(piece)
-    for count, equally_frequent in pieces_by_count.items():
+    for count, equally_frequent in itertools.groupby(sorted(pieces, key=pieces.get), pieces.get):
         for pretoken, times in Counter(pretokens(" " + " ".join(equally_frequent))).items():
             counts[pretoken] += times * count
     return counts
@@ -693,8 +690,7 @@ def predictions_of(lengths: int | np.ndarray, mlm_probability: float) -> np.ndar
     """Returns how many of a sequence's text tokens are predicted: the rounded share, not a coin for each.
 
     So the number over all ranks and micro-batches, by which the loss is divided, is known from the lengths.
-    In a
-    sequence of three tokens or fewer none is predicted.
+    In a sequence of three tokens or fewer none is predicted.
     """
     # BERT's code rounds, too. A coin for each token would give the same share with another number every time.
     return np.rint(mlm_probability * np.asarray(lengths)).astype(np.int64)
@@ -878,37 +874,34 @@ class Batches:
         """Reads, pads and masks the sequences `index`, each as it is in its epoch."""
         sequences, corpus = self.sequences, self.sequences.corpus
         pairs = self._epoch(int(epochs.max(initial=0)))[0]  # all are of one epoch, where there are pairs
-        rows = [sequences.token_ids(pairs, i) for i in index]
-
         # With fewer sequences than micro-batches one may be empty: then a row of padding, which predicts
         # nothing (and does no harm: see RobertaModel).
-        height = max(len(rows), 1)
-        width = sequences.seq_len if self.is_full else max([len(ids) for ids in rows], default=1)
-        input_ids = np.full((height, width), PAD)
+        rows = [sequences.token_ids(pairs, i) for i in index] or [np.array([PAD])]
+        index, epochs = np.resize(index, len(rows)), np.resize(epochs, len(rows))
+        width = sequences.seq_len if self.is_full else max(map(len, rows))
+        input_ids = np.full((len(rows), width), PAD)
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)] = ids
+        is_real = input_ids != PAD  # (B, T)
 
         # BERT tells segments apart by a type as well: 0 up to the first `</s>`, 1 from the second `</s>` on.
         token_types = next_labels = None
         if sequences.is_pairs:
             separators = np.cumsum(input_ids == EOS, axis=1)  # (B, T) how many there were up to here
-            token_types = np.where(input_ids != PAD, separators >= 2, 0).astype(np.int64)
-            next_labels = np.full(height, NOT_PREDICTED)
-            next_labels[: len(index)] = pairs.is_random[index]
+            token_types = (is_real & (separators >= 2)).astype(np.int64)
+            next_labels = np.where(is_real[:, 0], pairs.is_random[index], NOT_PREDICTED)
 
         # Masks are the last thing: drawn for this epoch, kept as the few places and labels predicted.
-        index, epochs = np.resize(index, height), np.resize(epochs, height)
         masked, labels = mask_tokens(
             input_ids, index, epochs, seed=self.seed, vocab_size=corpus.vocab_size, masking=self.masking,
             mlm_probability=self.mlm_probability, mask_id=corpus.tokenizer.mask_id)
         predicted = np.flatnonzero(labels != NOT_PREDICTED)
         labels = labels.reshape(-1)[predicted]
         if self.is_full:  # fill up to the number that full sequences have: compilers like a steady shape
-            full = height * int(predictions_of(width - 2, self.mlm_probability))
+            full = len(rows) * int(predictions_of(width - 2, self.mlm_probability))
             predicted = np.pad(predicted, (0, full - len(predicted)))
             labels = np.pad(labels, (0, full - len(labels)), constant_values=NOT_PREDICTED)
-        return Batch(masked, input_ids != PAD, predicted, labels, token_types, next_labels,
-                     sum(len(ids) for ids in rows))
+        return Batch(masked, is_real, predicted, labels, token_types, next_labels, int(is_real.sum()))
 
     def held_out(self, limit: int) -> Iterator[Batch]:
         """Yields this rank's share of `limit` sequences in a fixed order, once: for evaluation."""
@@ -1588,11 +1581,11 @@ def read_fairseq_tokenizer(encoder: Path, merges: Path, dictionary: Path) -> tup
 # ----------------------------------------------------------------------------------------------------------
 
 
-def say(message: str) -> None:
+def say(message: str, end: str = "\n") -> None:
     """Prints for the person watching, once however many ranks there are."""
     if int(os.environ.get("RANK", 0)) == 0:
         clear_line()
-        print(message, flush=True)
+        print(message, end=end, flush=True)
 
 
 def clear_line() -> None:
@@ -1610,10 +1603,8 @@ def say_now(message: Callable[[], str]) -> None:
     now, is_terminal = time.monotonic(), sys.stdout.isatty()
     if now - said_at[-1] > (0.2 if is_terminal else 60):
         said_at[-1] = now
-        if not is_terminal:
-            say(message())
-        elif int(os.environ.get("RANK", 0)) == 0:
-            print(f"{CLEAR_LINE}{message()[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        width = shutil.get_terminal_size().columns - 1 if is_terminal else None
+        say(message()[:width], end="" if is_terminal else "\n")
 
 
 CLEAR_LINE, said_at = "\r\033[K", [time.monotonic()]
@@ -1646,9 +1637,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def without_nan(value: Any) -> Any:
     """Returns a value for JSON, which has no NaN or infinity: null is in their place."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # Python's json does write them, and asks when it reads them what they are to become.
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_atomically(path: Path, *content: bytes | memoryview) -> None:
@@ -1744,7 +1734,11 @@ def in_order(function: Callable, jobs: Iterable, workers: int) -> Iterator:
     if workers <= 1:
         yield from map(function, jobs)
         return
-    pool = ProcessPoolExecutor(workers, initializer=end_with_parent)
+    # A forked worker begins at once, but with a copy of a GPU driver's state, if the parent has one, which
+    # the driver forbids; then workers begin as new programs.
+    torch = sys.modules.get("torch")
+    start = "spawn" if torch and torch.cuda.is_initialized() else None
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(start), end_with_parent)
     try:
         yield from made_ahead(pool, function, jobs, ahead=2 * workers)
     except BrokenExecutor:

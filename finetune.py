@@ -336,8 +336,8 @@ class Classification(Head):
 
     model_class = roberta.RobertaForSequenceClassification
 
-    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Item]:
-        items, seq_len = [], self.config.seq_len
+    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator[Item]:
+        seq_len = self.config.seq_len
         for number, example in enumerate(examples):
             # `join` makes <s> A </s> of a text, which adds two tokens, and <s> A </s></s> B </s> of a pair,
             # which adds four. What is too long is cut: unlike in SQuAD, the beginning mostly tells enough.
@@ -345,8 +345,7 @@ class Classification(Head):
             if len(texts) == 2:
                 texts = cut_longer(*texts, seq_len - 4)
             # A test set's label is None. The batch needs a number in its place.
-            items.append(Item([join(*texts)], number, example.label or 0))
-        return items
+            yield Item([join(*texts)], number, example.label or 0)
 
     def loss(self, scores: Tensor, batch: TaskBatch) -> Tensor:
         # A sum: later it is divided by the number of items of the step, over all ranks and micro-batches.
@@ -384,8 +383,8 @@ class MultipleChoice(Classification):
 
     model_class = roberta.RobertaForMultipleChoice
 
-    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Item]:
-        items, seq_len = [], self.config.seq_len
+    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator[Item]:
+        seq_len = self.config.seq_len
         encode = functools.lru_cache(64)(tokenizer.encode_to_numpy)  # a passage has several questions
         for number, example in enumerate(examples):
             # Four sequences that differ in a few words at the front. What makes one of them right is in the
@@ -397,22 +396,7 @@ class MultipleChoice(Classification):
                 first = encode(fill_blank(question, answer))[: min(128, seq_len - 4)]
                 second = encode(passage.strip())[: seq_len - 4 - len(first)]
                 sequences.append(join(first, second))
-            items.append(Item(sequences, number, example.label or 0))
-        return items
-
-    def loss(self, scores: Tensor, batch: TaskBatch) -> Tensor:
-        return super().loss(of_options(scores, batch.items), batch)
-
-    def probabilities(self, scores: Tensor, batch: TaskBatch) -> Tensor:
-        found = super().probabilities(of_options(scores, batch.items), batch)
-        return F.pad(found, (0, len(self.task.labels) - found.shape[1]))  # (B, N) -> (B, L), as N differs
-
-
-def of_options(scores: Tensor, items: Sequence[Item]) -> Tensor:
-    """Scores of candidates, (B, N), with -∞ where a question has fewer than others of its batch."""
-    candidate = torch.arange(scores.shape[1], device=scores.device)
-    counts = torch.tensor([len(item.sequences) for item in items], device=scores.device)
-    return scores.float().masked_fill(candidate >= counts[:, None], -math.inf)
+            yield Item(sequences, number, example.label or 0)
 
 
 class Answer(NamedTuple):
@@ -451,8 +435,8 @@ class Spans(Head):
 
     model_class = roberta.RobertaForQuestionAnswering
 
-    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Item]:
-        items, seq_len = [], self.config.seq_len
+    def inputs(self, examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator[Item]:
+        seq_len = self.config.seq_len
         encode = functools.lru_cache(64)(tokenizer.encode_with_offsets)  # a passage has several questions
         for number, example in enumerate(examples):
             # The question is in front of every window of its passage, so it must not fill them.
@@ -478,8 +462,7 @@ class Spans(Head):
                 if gold and start <= gold[0] and gold[1] < end:
                     target = (begin + gold[0] - start, begin + gold[1] - start, 1)
                 sequence = join(question, ids[start:end])
-                items.append(Item([sequence], number, target, begin, offsets[start:end]))
-        return items
+                yield Item([sequence], number, target, begin, offsets[start:end])
 
     def loss(self, scores: tuple[Tensor, ...], batch: TaskBatch) -> Tensor:
         # Two classifications in which positions take the part of labels, and in v2.0 a third, yes or no.
@@ -498,15 +481,11 @@ class Spans(Head):
         start, end, *answerable = scores
         # Beginning and end are two distributions over the same positions, independent of each other.
         scores = torch.stack([of_passage(start, batch.items), of_passage(end, batch.items)], dim=1)
-        positions = scores.softmax(-1)  # (B, 2, T)
-        # T differs between batches. With zeros up to seq_len all windows' rows fit into one array, in which
-        # an ensemble can be averaged.
-        positions = F.pad(positions, (0, self.config.seq_len - positions.shape[2]))  # (B, 2, seq_len)
         # Column 0, before the positions, is the probability that the window answers the question: the same in
         # both rows. In v1.1 every question has an answer.
-        sure = answerable[0].float().sigmoid() if answerable else torch.ones(len(start), device=start.device)
-        column = sure.view(-1, 1, 1).repeat(1, 2, 1)  # (B,) -> (B, 2, 1)
-        return torch.cat([column, positions], dim=2)  # (B, 2, 1 + seq_len)
+        rows = F.pad(scores.softmax(-1), (1, 0))  # (B, 2, T) -> (B, 2, 1 + T)
+        rows[:, :, 0] = answerable[0].float().sigmoid()[:, None] if answerable else 1.0
+        return rows
 
     def decide(self, probabilities: np.ndarray, items: list[Item], examples: Sequence[Example]) -> list:
         answerable = [0.0] * len(examples)
@@ -583,7 +562,7 @@ def finetune_once(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict, 
 
     def loss_sums(model: nn.Module, batch: TaskBatch) -> tuple[Tensor]:
         # The weight is 0 where this rank has no item left, and computes a dummy for the others' sake, else 1.
-        # A tuple, [num_items] and ["loss"] have one element each here: pretraining may have two losses.
+        # A tuple and [num_items] have one element each here: pretraining may have two losses.
         scores = model(to_tensor(batch.input_ids, ranks.device))
         return (head.loss(scores, batch) * batch.weight,)
 
@@ -591,20 +570,19 @@ def finetune_once(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict, 
         for batches, num_items in data.prefetch(order.step, range(progress.step, max_steps)):
             # Early stopping (§5.1). Of 70, 72, 71, 72 and 71 % the second is best; the fourth only equals
             # it. With a patience of 3 that run ends here, and leaves the second epoch's model.
-            if 0 < config.patience <= progress.evaluations_without_gain:
+            if 0 < config.patience <= (progress.step - progress.best_step) // order.steps_per_epoch:
                 break
 
             # One step. num_items counts all ranks' items: the sum of their losses is divided by it.
             rate = train.learning_rate(progress.step, config.peak_lr, warmup_steps, max_steps)
             train.accumulate(training, batches, loss_sums, [num_items])
             train.update(training, rate)
-            progress.epoch = progress.step / order.steps_per_epoch  # `update` has counted this step already
 
             must_stop = train.stop_asked(received, ranks)
             must_save = must_stop or progress.step % config.checkpoint_interval == 0
             ends_epoch = progress.step % order.steps_per_epoch == 0
             if ends_epoch or must_save or progress.step % config.log_interval == 0:
-                train.log(training, out, ["loss"])
+                train.log(training, out, progress.step / order.steps_per_epoch)
             if ends_epoch:
                 # The dev set judges. A model better than all before is saved at once. `progress` notes its
                 # step, so `save` never removes that checkpoint; in the end it is what the run leaves.
@@ -820,7 +798,10 @@ def predict(model: nn.Module, head: Head, split: Split, ranks: Ranks) -> tuple[n
         for part in parts[ranks.rank :: ranks.world_size]:
             batch = collate([items[i] for i in part])
             scores = model(to_tensor(batch.input_ids, ranks.device))
-            probabilities[part] = head.probabilities(scores, batch).cpu()
+            found = head.probabilities(scores, batch).cpu()
+            # A batch of short windows (SQuAD), or of few candidates (RACE), has shorter rows. Behind them
+            # zeros stay, so that all rows fit into one array, in which an ensemble can be averaged.
+            probabilities[part, ..., : found.shape[-1]] = found
             loss += head.loss(scores, batch).cpu()
     loss = ranks.sum(loss, "the losses of an evaluation")
     return ranks.sum(probabilities, "the predictions").numpy(), float(loss) / len(items)
@@ -941,7 +922,7 @@ def load_split(head: Head, name: str, tokenizer: Tokenizer) -> Split:
     examples = read_examples(head.task, head.config, name)
     if isinstance(head, Spans) and name == "train":
         examples = with_answers(examples)
-    items = head.inputs(examples, tokenizer)
+    items = list(head.inputs(examples, tokenizer))
     say(f"{head.task.name} {name}: {len(examples):,} examples, {len(items):,} items")
     return Split(examples, items)
 
@@ -1006,12 +987,10 @@ def build_model(head: Head) -> nn.Module:
     STS-B and MRPC, which have other labels, only its encoder (§5.1). --scratch: everything is random.
     """
     # The shape is the pretrained model's, but for the head, and for dropout where a flag sets it.
-    config, changes, found = head.config, head_fields(head), roberta.open_model(head.config.model)
-    if config.dropout is not None:
-        changes |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    config, found = head.config, roberta.open_model(head.config.model)
     # All weights are drawn from the seed, the same on all ranks. Then those that are kept replace theirs.
     torch.manual_seed(config.seed)
-    model = head.model_class(replace(found.config, **changes))
+    model = head.model_class(replace(found.config, **head_fields(head), **train.dropout_changes(config)))
     if config.scratch:
         return model
     reason = fit_head(head, found)
@@ -1053,12 +1032,11 @@ def run_or_read(head: Head, ranks: Ranks, tokenizer: Tokenizer, splits: dict[str
             "majority": majority_metrics(head.task, splits["train"].examples, splits["dev"].examples),
             "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds}
         if ranks.rank == 0:
-            best = out / f"checkpoint-{progress.best_step}"
-            train.publish(out, best)
+            # From here on the directory is a model like any other; the checkpoint stays whole until it goes.
+            model = roberta.open_model(out / f"checkpoint-{progress.best_step}")
             if head.task.name == "regression":
-                model = roberta.open_model(best)
                 scale_head(model, head.task.mean, head.task.deviation)
-                model.save_pretrained(out)
+            model.save_pretrained(out, tokenizer)
             data.write_json(out / "results.json", results)
         ranks.meet("the end of a run")
     say(f"{out} is finished")
@@ -1350,7 +1328,7 @@ def train_models(head: Head, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
             raise ValueError(f"train's labels, {mean:.9g} ± {deviation:.3g}, are too close for 32 bits; "
                              f"subtract {mean:.0f} from all of them")
         head = head_of(head.task._replace(mean=mean, deviation=deviation), config)
-    if len(runs) == 1:
+    if runs == [config]:
         return run_or_read(head, ranks, tokenizer, splits), [config.out]
     claim(config, ranks, f"several runs of {head.task.name}")
     results = [run_or_read(head_of(head.task, run), ranks, tokenizer, splits) for run in runs]

@@ -489,7 +489,18 @@ class LMHead(nn.Module):
             hidden = hidden.flatten(0, 1).index_select(0, predicted)  # (B, T, C) -> (M, C)
         # A layer in between: what the last block gives is not yet fit to be compared with embeddings.
         hidden = self.layer_norm(F.gelu(self.dense(hidden)))
-        return F.linear(hidden, token_embedding, self.bias)  # (..., C) -> (..., V)
+        # A GPU multiplies matrices in tiles, and is much slower where their sides are no multiples of 8, as
+        # 50,265 is not; multiples of 64 suit it best. Here rows of zeros fill up the embeddings, and their
+        # scores go again.
+        return padded_linear(hidden, token_embedding, self.bias, 64 if hidden.is_cuda else 1)
+
+
+def padded_linear(hidden: Tensor, weight: Tensor, bias: Tensor, multiple: int) -> Tensor:
+    """Returns hidden @ weight.T + bias, (..., C) -> (..., V), computed with V rounded up to a multiple."""
+    size, lacking = len(bias), -len(bias) % multiple
+    if lacking:
+        weight, bias = F.pad(weight, (0, 0, 0, lacking)), F.pad(bias, (0, lacking))
+    return F.linear(hidden, weight, bias)[..., :size]
 
 
 class RobertaForMaskedLM(RobertaModelBase):
@@ -632,7 +643,9 @@ class RobertaForMultipleChoice(RobertaModelBase):
         # The answers do not see each other: the encoder reads B * N texts, and only the softmax compares.
         mask = None if attention_mask is None else attention_mask.flatten(0, 1)
         hidden = self.roberta(input_ids.flatten(0, 1), mask)  # (B, N, T) -> (B * N, T, C)
-        return self.choice(hidden).view(input_ids.shape[:2])  # (B * N, 1) -> (B, N)
+        scores = self.choice(hidden).view(input_ids.shape[:2])  # (B * N, 1) -> (B, N)
+        # A question with fewer answers than others of its batch has nothing but padding in their place.
+        return scores.masked_fill(input_ids[:, :, 0] == self.config.pad_token_id, -math.inf)
 
 
 class RobertaForQuestionAnswering(RobertaModelBase):

@@ -122,7 +122,7 @@ class TrainConfig(RunConfig):
     intermediate_size: int | None = shape(None, "of the feed-forward layer; none: the preset's", low=1)
     eval_interval: int = machine(2000, "steps between evaluations", low=1, may_change=True)
     eval_sequences: int = machine(4096, "held-out sequences read, at most", low=1, may_change=True)
-    compile: bool = machine(False, "compile the model with torch.compile", may_change=True)
+    compile: bool | None = machine(None, "compile the model; none: on a GPU", may_change=True)
 
 
 def tiny() -> TrainConfig:
@@ -143,8 +143,8 @@ def tiny() -> TrainConfig:
 def small() -> TrainConfig:
     """A night on two cores, less where they multiply bf16, and an hour on one GPU.
 
-    CHOICE: batch and rate were tried on 22,400 sequences each (bench/results/small.json): twice the rate stays
-    on the plateau, half of it learns less, and half the batch or twice as many are no better.
+    CHOICE: batch and rate were tried on 22,400 sequences each (bench/results/small.json): with twice the rate
+    it stays on the plateau, with half of it it learns less, and half or twice the batch are no better.
     """
     return replace(tiny(), preset="small", vocab_size=16_384, seq_len=128, peak_lr=1e-3, max_steps=18_000,
                    warmup_steps=1100, eval_interval=1000)
@@ -161,14 +161,18 @@ def large() -> TrainConfig:
 PRESETS = {"tiny": tiny, "small": small, "base": base, "large": large}
 
 
+def dropout_changes(config: RunConfig) -> dict[str, float]:
+    """Returns what --dropout changes in a model's config: nothing, where it is not given."""
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    return {} if config.dropout is None else dict.fromkeys(names, config.dropout)
+
+
 def model_config(config: TrainConfig, vocab_size: int, initial: RobertaConfig | None = None) -> RobertaConfig:
     """Returns the preset's model with the flags' changes, for inputs of `seq_len` tokens.
 
     initial: of the model at --init-from, which keeps its shape.
     """
-    changes: dict[str, Any] = {}
-    if config.dropout is not None:
-        changes |= {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    changes: dict[str, Any] = dropout_changes(config)
     # Weights that exist fit one shape; dropout has none.
     if initial is not None:
         return replace(initial, **changes)
@@ -280,10 +284,10 @@ class Training:
     scaler: torch.amp.GradScaler
     progress: Progress
     max_steps: int  # of the whole run
-    # Since the last log line, on this rank: the sum of each loss, real tokens, places (padding, too). It is
-    # kept on the device, as asking for it would wait for it.
+    # Since the last log line: the sum of each loss, real tokens and places (with padding) on this rank, kept
+    # on the device, as asking for them would wait for them; and what each loss is divided by, over all ranks.
     window: Tensor | float = 0.0
-    window_counts: np.ndarray | int = 0  # what each loss is divided by, over all ranks: the same on all
+    window_counts: np.ndarray | int = 0
     lap_began: float = field(default_factory=time.monotonic)
 
 
@@ -330,10 +334,9 @@ def accumulate(training: Training, batches: Sequence, losses_of: Callable, count
         # DDP takes the mean over ranks; the sum is what is wanted. (Why a scaler: see `loss_scaler`.)
         training.scaler.scale(loss * ranks.world_size).backward()
 
-        # For the log. The losses stay on the device: to ask for them would be to wait for it. In 64 bits, for
-        # 32 can't count beyond 16 million tokens one by one.
-        counted = torch.tensor([batch.num_tokens, batch.input_ids.size], device=ranks.device)
-        training.window = training.window + torch.cat([torch.stack(list(sums)).detach().double(), counted])
+        # For the log. The losses stay on the device: to ask for them would be to wait for it.
+        places = to_tensor(np.array([batch.num_tokens, batch.input_ids.size]), ranks.device)
+        training.window = training.window + torch.cat([torch.stack(sums).detach().double(), places])
         show_place(training, number + 1, len(batches))
     training.window_counts = training.window_counts + np.array(counts)
 
@@ -385,7 +388,8 @@ def update(training: Training, rate: float) -> None:
         nn.utils.clip_grads_with_norm_(training.model.parameters(), training.config.clip_norm, norm)
 
     # The scaler skips by itself; without one it is done here: one NaN would be in every weight after the
-    # step.
+    # step. Asking for the norm is the only time in a step that a GPU is waited for: until here it has been
+    # told what to do faster than it could do it.
     progress.grad_norm = norm.item()
     is_finite = math.isfinite(progress.grad_norm)
     if is_finite or scaler.is_enabled():
@@ -479,7 +483,6 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
                 rate = learning_rate(progress.step, config.peak_lr, config.warmup_steps, config.max_steps)
                 accumulate(training, step.batches, losses_of, [step.num_predictions, step.num_sequences])
                 update(training, rate)
-                progress.epoch = progress.step * epochs_per_step
 
                 # A log line precedes every evaluation and checkpoint, so no running sums need saving, and
                 # neither counts for the throughput. A signal ends all ranks after the same step.
@@ -487,7 +490,7 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
                 must_save = must_stop or is_last or progress.step % config.checkpoint_interval == 0
                 must_evaluate = is_last or progress.step % config.eval_interval == 0
                 if must_save or must_evaluate or progress.step % config.log_interval == 0:
-                    log(training, out)
+                    log(training, out, progress.step * epochs_per_step)
                 # Held-out text, beside the training loss: the one that says what was learned.
                 if must_evaluate:
                     result = log_result(training, out, evaluate(training, held_out, corpus.unigram))
@@ -561,6 +564,9 @@ def set_up(config: RunConfig) -> Ranks:
     rank, world_size, local_rank, local_world_size = ranks_of_environment()
     on_gpu, timeout, meeting = torch.cuda.is_available(), timedelta(seconds=config.timeout), None
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    # The first rank without a GPU of its own says so for all; torchrun then ends the others.
+    if on_gpu and local_rank == (gpus := torch.cuda.device_count()):
+        raise ValueError(f"{local_world_size} ranks, but {gpus} GPUs here; try --nproc-per-node {gpus}")
     if world_size > 1:
         # torchrun hands restarted ranks the store of the attempt before, with addresses of the dead in it. On
         # one machine the attempts have a common number, by which the entries can be told apart.
@@ -578,6 +584,9 @@ def set_up(config: RunConfig) -> Ranks:
     keep_freed_memory()
     if on_gpu:
         torch.cuda.set_device(device)
+        # Of torch's attention kernels cuDNN's is not taken: it plans anew for every shape, which the formats
+        # of varying length pay for, and rounds the dropout probability.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif local_world_size > 1:  # torchrun gives each rank one thread; the cores are there to be shared
         torch.set_num_threads(max(1, data.cores() // local_world_size))
     precision = config.precision or ("fp16" if on_gpu else "fp32")
@@ -612,7 +621,7 @@ def micro_batch_size(config: RunConfig, world_size: int, most: float = 32) -> in
     """Returns --micro-batch-size, or the largest size up to `most` that divides each rank's share."""
     # Where ranks can't have equal shares, pretraining's `Batches` refuses; fine-tuning takes unequal ones.
     share = config.batch_size // world_size
-    sizes = [size for size in range(1, min(share, 32) + 1) if share % size == 0 and size <= most]
+    sizes = [size for size in range(1, share + 1) if share % size == 0 and size <= most]
     return config.micro_batch_size or max(sizes, default=1)
 
 
@@ -671,13 +680,35 @@ def free_memory(ranks: Ranks) -> float:
     return free / ranks_of_environment()[3]
 
 
+def compiled(model: nn.Module, device: torch.device, has_one_shape: bool) -> nn.Module:
+    """Returns the model compiled; as it is where this machine lacks what that takes, and says so.
+
+    A compiler fuses what stands between the matrix products, additions, GELU, dropout and LayerNorm, into
+    few kernels, each of which reads and writes memory once.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))  # what may be missing is torch's to know
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:150]
+        say(f"not compiled, so slower, for want of a compiler ({reason}); --no-compile stops asking")
+        return model
+    # By default DDP has the model cut into many graphs, so that some gradients travel while others are still
+    # computed. They travel once in a step of many micro-batches: one graph is worth more.
+    torch._dynamo.config.optimize_ddp = False
+    # FULL-SENTENCES has one shape. In the other formats what is compiled takes any, and is slower for that.
+    return torch.compile(model, dynamic=None if has_one_shape else True)
+
+
 def begin(config: RunConfig, ranks: Ranks, model: RobertaModelBase, max_steps: int = 0) -> Training:
     """Returns what a run of `max_steps` trains with, at its beginning."""
+    model = parallel = model.to(ranks.device)
+    # Compiled is only what the step calls: what is saved keeps its names, and evaluation needs no graph.
+    if isinstance(config, TrainConfig) and config.compile:
+        parallel = compiled(model, ranks.device, config.input_format == "full-sentences")
     # DDP copies rank 0's weights to all at the beginning, and hooks into the backward pass: as soon as the
     # gradients of some layers are there, they travel, while those of earlier layers are still computed.
-    model = parallel = model.to(ranks.device)
     if ranks.world_size > 1:
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel = nn.parallel.DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     # How many micro-batches a rank has in a step: rounded up, for in fine-tuning the last may be a part.
     share = config.batch_size / ranks.world_size
     micro_batches = math.ceil(share / micro_batch_size(config, ranks.world_size))
@@ -736,17 +767,21 @@ def initial_shape(config: TrainConfig) -> RobertaConfig:
 
 def settle(config: TrainConfig, shape: RobertaConfig, ranks: Ranks) -> TrainConfig:
     """Returns the config with what was left to the machine and to the model."""
-    config = replace(config, precision=ranks.precision, seq_len=min(config.seq_len, shape.max_tokens))
+    on_gpu = ranks.device.type == "cuda"
+    config = replace(config, precision=ranks.precision, seq_len=min(config.seq_len, shape.max_tokens),
+                     compile=on_gpu if config.compile is None else config.compile)
     # A run goes on with the size that it began with: dropout's draws depend on it. (Among other ranks they
     # are others anyhow.)
     size = config.micro_batch_size or run_before(Path(config.out)).get("flags", {}).get("micro_batch_size")
     if size and (config.micro_batch_size or config.batch_size % (size * ranks.world_size) == 0):
         return replace(config, micro_batch_size=size)
-    # All ranks take what fits the one with the least room.
+    # A CPU is no faster with more than 32 sequences, a GPU busy only with some 16,000 tokens at once. And all
+    # ranks take what fits the one with the least room.
+    enough = max(32, 16_384 // config.seq_len) if on_gpu else 32
     fixed, sequence = memory_needed(config, shape, ranks)
     room = torch.zeros(ranks.world_size, dtype=torch.float64)
     room[ranks.rank] = (0.95 * free_memory(ranks) - fixed) / sequence
-    most = ranks.sum(room, "the micro-batch size").min().item()
+    most = min(enough, ranks.sum(room, "the micro-batch size").min().item())
     return replace(config, micro_batch_size=micro_batch_size(config, ranks.world_size, most))
 
 
@@ -781,9 +816,6 @@ def begin_pretraining(config: TrainConfig, shape: RobertaConfig, corpus: Corpus,
     say(f"{model.num_parameters():,} parameters")
     training = begin(config, ranks, model, config.max_steps)
     resume(training, out, fingerprint)
-    # Compiled is only what the step calls: what is saved keeps its names.
-    if config.compile:
-        training.parallel = torch.compile(training.parallel)
     return training, fingerprint
 
 
@@ -794,8 +826,7 @@ def initial_model(config: TrainConfig, shape: RobertaConfig, kind: type[RobertaF
     # Where there is a checkpoint, `resume` will give the weights.
     if config.init_from is None or checkpoints(Path(config.out)):
         return kind(shape)
-    return kind.from_pretrained(config.init_from, hidden_dropout_prob=shape.hidden_dropout_prob,
-                                attention_probs_dropout_prob=shape.attention_probs_dropout_prob)
+    return kind.from_pretrained(config.init_from, **dropout_changes(config))
 
 
 def evaluate_only(config: TrainConfig) -> dict[str, Any]:
@@ -810,16 +841,15 @@ def evaluate_only(config: TrainConfig) -> dict[str, Any]:
                          "choose another --out")
     # A text is prepared beside --out, where every rank finds it, and goes afterwards.
     scratch = data.temporary_beside(out)
-    with held_by_first_rank(scratch):
-        try:
-            corpus, held_out, shape, ranks = open_data(config, scratch / "data")
-            config = settle(config, shape, ranks)
-            _, batches = make_batches(config, corpus, held_out, ranks)
-            training = begin(config, ranks, initial_model(config, shape, RobertaForMaskedLM))
-            result = evaluate(training, batches, corpus.unigram)
-        finally:
-            if ranks_of_environment()[0] == 0:
-                shutil.rmtree(scratch)
+    with held_by_first_rank(scratch), contextlib.ExitStack() as at_the_end:
+        if ranks_of_environment()[0] == 0:
+            at_the_end.callback(shutil.rmtree, scratch)
+        corpus, held_out, shape, ranks = open_data(config, scratch / "data")
+        config = settle(config, shape, ranks)
+        _, batches = make_batches(config, corpus, held_out, ranks)
+        model = initial_model(config, shape, RobertaForMaskedLM)
+        training = begin(replace(config, compile=False), ranks, model)
+        result = evaluate(training, batches, corpus.unigram)
     result |= {"init_from": config.init_from, "data": config.data, "seq_len": config.seq_len}
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -888,15 +918,11 @@ def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5)
 # Checkpoints: why a rename is all
 # ----------------------------------------------------------------------------------------------------------
 
-STATE_FILES = {"optimizer.safetensors", "progress.json", "checksums.json"}  # what only this program reads
-
-
 @dataclass
 class Progress:
     """Where a run stands: what a checkpoint holds besides weights, Adam's moments and the scaler's scale."""
 
     step: int = 0  # optimiser steps, skipped ones too
-    epoch: float = 0.0  # passes over the data, the last step's share included
     tokens: int = 0  # real ones, up to the last log line
     seconds: float = 0.0  # of training, evaluating and saving
     skipped: int = 0  # steps whose gradients were not finite
@@ -905,13 +931,11 @@ class Progress:
     best: float | None = None  # the best evaluation's score, the more the better
     best_step: int = 0
     best_result: dict[str, float] = field(default_factory=dict)
-    evaluations_without_gain: int = 0
 
     def note_result(self, result: dict[str, float], score: float) -> bool:
         """Notes an evaluation; returns whether it is the best so far. A score may be NaN."""
         # Equal is not better: of two equal evaluations the earlier one's model has trained less.
         is_best = self.best is None or score > self.best
-        self.evaluations_without_gain = 0 if is_best else self.evaluations_without_gain + 1
         if is_best:
             self.best = score if math.isfinite(score) else None
             self.best_step, self.best_result = self.step, result
@@ -962,14 +986,6 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(path.replace(data.temporary_beside(path)))
 
 
-def publish(out: Path, source: Path) -> None:
-    """Puts a checkpoint's model into the run directory itself, where anyone's programs look for it."""
-    # Copies: the checkpoint stays whole until it is removed as a whole.
-    for path in sorted(source.iterdir()):
-        if path.name not in STATE_FILES:
-            data.write_atomically(out / path.name, path.read_bytes())
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Resuming
 # ----------------------------------------------------------------------------------------------------------
@@ -1015,10 +1031,9 @@ def resume(training: Training, out: Path, fingerprint: str) -> None:
         path = out / f"checkpoint-{newest}"
         saved, loaded = data.read_json(path / "progress.json"), type(training.model).from_pretrained(path)
         training.model.load_state_dict(loaded.state_dict())
-        parameters = dict(training.model.named_parameters())
         for key, value in roberta.read_safetensors(path / "optimizer.safetensors").items():
             name, kind = key.rsplit(".", 1)
-            training.optimizer.state[parameters[name]][kind] = value.to(ranks.device)
+            training.optimizer.state[training.model.get_parameter(name)][kind] = value.to(ranks.device)
         training.scaler.load_state_dict(saved["scaler"])
         training.progress = Progress(**saved["progress"])
         say(f"resuming at step {newest} from {path}")
@@ -1027,8 +1042,7 @@ def resume(training: Training, out: Path, fingerprint: str) -> None:
         for path in out.glob(".checkpoint-*[0-9].tmp"):
             shutil.rmtree(path)
         # Lines written after that checkpoint will be written again; without one all of them, step 0's, too.
-        kept = [line for line in read_log(out) if line["step"] <= newest] if newest else []
-        lines = [json.dumps(line) + "\n" for line in kept]
+        lines = [json.dumps(line) + "\n" for line in read_log(out) if newest and line["step"] <= newest]
         data.write_atomically(out / "log.jsonl", "".join(lines).encode())
 
 
@@ -1037,23 +1051,21 @@ def newest_checkpoint(out: Path, fingerprint: str) -> int:
 
     A damaged one is said and set aside, the one before it used. Raises: ValueError where all are damaged.
     """
-    damaged: list[Path] = []
-    fault = ""
-    for step, path in checkpoints(out):
+    found = checkpoints(out)
+    for number, (step, path) in enumerate(found):
         try:
             check_checkpoint(path, step, fingerprint)
         except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             fault = f"{path.name} is damaged ({error})"
             say(f"warning: {fault}; the one before it is used, if there is one")
-            damaged.append(path)
             continue
         # Nothing is set aside before a whole one is found: where none is, a person has to look.
-        for unsound in damaged:
-            aside = unsound.with_name(f"damaged-{unsound.name}")
+        for _, damaged in found[:number]:
+            aside = damaged.with_name(f"damaged-{damaged.name}")
             shutil.rmtree(aside, ignore_errors=True)
-            unsound.replace(aside)
+            damaged.replace(aside)
         return step
-    if damaged:
+    if found:
         raise ValueError(f"no whole checkpoint: {fault}; put one back, or delete {out} to start over")
     return 0
 
@@ -1085,15 +1097,15 @@ def lap(training: Training) -> float:
     return training.lap_began - began
 
 
-def log(training: Training, out: Path, names: Sequence[str] = ("loss", "nsp_loss")) -> None:
-    """Writes and prints a line about the steps since the last one. names: of the losses, or more."""
+def log(training: Training, out: Path, epoch: float) -> None:
+    """Writes and prints a line about the steps since the last one. epoch: passes over the data so far."""
     progress, scaler, seconds = training.progress, training.scaler, lap(training)
     # Means over what was predicted since the last line, on all ranks; the share of padding is of all places.
     *sums, tokens, slots = training.ranks.sum(training.window.cpu(), "the losses").tolist()
     means = [part / max(1, count) for part, count in zip(sums, training.window_counts)]
     training.window, training.window_counts = 0.0, 0
     progress.tokens += int(tokens)
-    line = {"epoch": round(progress.epoch, 4), **dict(zip(names, means))}
+    line = {"epoch": round(epoch, 4), **dict(zip(("loss", "nsp_loss"), means))}
     if isinstance(training.config, TrainConfig):
         line["perplexity"] = perplexity(means[0])
     line |= {"lr": training.optimizer.param_groups[0]["lr"], "grad_norm": progress.grad_norm,
@@ -1200,13 +1212,11 @@ def stop_signals() -> Iterator[list[int]]:
         numbers.remove(signal.SIGHUP)
     # A handler that only notes: the step at hand ends, and the loop looks after it.
     received: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number))
-                for number in numbers}
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        for number in numbers:
+            before = signal.signal(number, lambda number, _: received.append(number))
+            at_the_end.callback(signal.signal, number, before)
         yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def stop_asked(received: list[int], ranks: Ranks) -> bool:
@@ -1216,7 +1226,7 @@ def stop_asked(received: list[int], ranks: Ranks) -> bool:
 
 def end_after_signal(step: int, received: list[int]) -> NoReturn:
     say(f"stopped at step {step}, saved; the same command goes on from there")
-    sys.exit(128 + (received[0] if received else signal.SIGTERM))
+    leave(128 + (received[0] if received else signal.SIGTERM))
 
 
 @contextlib.contextmanager
@@ -1227,8 +1237,6 @@ def clean_end(unfit: int = 1) -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit as stopped:
-        leave(stopped.code)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT, f"interrupted; {GO_ON}")
     except OSError as error:

@@ -21,10 +21,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import study
-from study import Cell, Flags, Panel, Paper, Session, Study
-
-import data
+from study import Cell, Flags, Panel, Paper, Record, Session, Study, main, prepared
 
 
 def cells(batch_sizes: dict[int, float]) -> list[Cell]:
@@ -35,12 +32,12 @@ def cells(batch_sizes: dict[int, float]) -> list[Cell]:
 
 def flags(session: Session, cell: Cell) -> Flags:
     steps = session.scale.sequences // cell["batch_size"]
-    return cell | {"data": study.prepared(session), "max_steps": steps}
+    return cell | {"data": prepared(session), "max_steps": steps}
 
 
-def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
-    results, ranks = data.read_json(out / "results.json"), max(1, cell["batch_size"] // 16)
-    return {"tokens_per_second": results["tokens"] / results["seconds"], "ranks": ranks}
+def measure(session: Session, record: Record, out: Path) -> dict[str, float]:
+    ranks = max(1, record["batch_size"] // 16)
+    return {"tokens_per_second": record["tokens"] / record["seconds"], "ranks": ranks}
 
 
 STUDY = Study(
@@ -67,4 +64,4 @@ STUDY = Study(
 
 
 if __name__ == "__main__":
-    study.main(STUDY, __doc__)
+    main(STUDY, __doc__)

@@ -1,12 +1,10 @@
-"""The path of the data beside Hugging Face's libraries: learning BPE, encoding, masking; opening a corpus.
+"""The path of the data beside Hugging Face's libraries: learning BPE, encoding, masking.
 
     pytest --benchmark-only bench/bench_data.py
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,22 +33,18 @@ def hugging_face_tokenizer(tokenizer: data.Tokenizer, directory: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
-def learn_with_tokenizers(texts: list[str], vocab_size: int) -> Callable[[], object]:
-    """Returns a function that learns a byte-level BPE with `tokenizers`, which is written in Rust."""
+def learn_with_tokenizers(texts: list[str], vocab_size: int) -> Any:
+    """Returns the byte-level BPE that `tokenizers`, which is written in Rust, learns."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    def learn() -> Tokenizer:
-        # The settings are ours: all bytes to begin with, no unit seen less than twice, five special tokens.
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        special_tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=2, special_tokens=special_tokens,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer
-
-    return learn
+    # The settings are ours: all bytes to begin with, no unit seen less than twice, five special tokens.
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=list(data.SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 @pytest.mark.parametrize("vocab_size", UNITS)
@@ -58,7 +52,7 @@ def test_learning_bpe(benchmark, texts, vocab_size):
     """§4.4: from documents to a tokenizer, with all cores."""
     contestants = {"ours": lambda: data.train_bpe(texts, vocab_size, workers=data.cores())}
     if PEERS:
-        contestants["tokenizers (Rust)"] = learn_with_tokenizers(texts, vocab_size)
+        contestants["tokenizers (Rust)"] = lambda: learn_with_tokenizers(texts, vocab_size)
     size = size_of(texts)
     case = f"learning BPE, {size:.0f} MB, {vocab_size:,} units"
     measure.compare(benchmark, case, contestants, rounds=3, amount=(size, "MB"))
@@ -96,8 +90,8 @@ def test_masking(benchmark, corpus, tmp_path):
     input_ids = np.random.default_rng(0).integers(5, vocab_size - 1, (256, 512))
     input_ids[:, 0], input_ids[:, -1] = data.BOS, data.EOS
     epochs = iter(range(10**9))  # every turn another: new masks, as in training
-    ours = functools.partial(data.mask_tokens, input_ids, rows, seed=0, vocab_size=vocab_size)
-    contestants = {"ours": lambda: ours(epoch=np.full(256, next(epochs)))}
+    contestants = {"ours": lambda: data.mask_tokens(input_ids, rows, np.full(256, next(epochs)), seed=0,
+                                                    vocab_size=vocab_size)}
     if PEERS:
         import transformers
 
@@ -108,11 +102,3 @@ def test_masking(benchmark, corpus, tmp_path):
         contestants["Hugging Face's collator"] = lambda: collator(examples)
     amount = (input_ids.size, "tokens")
     measure.compare(benchmark, "masking, 256 x 512 tokens", contestants, rounds=9, amount=amount)
-
-
-def test_opening(benchmark, corpus):
-    """A prepared corpus, as every rank of every run opens it: mapped, not read; beside reading all of it."""
-    directory = corpus.directory
-    contestants = {"ours": lambda: data.Corpus(directory),
-                   "ours, every byte checked": lambda: data.Corpus(directory).verify()}
-    measure.compare(benchmark, f"opening {corpus.num_tokens:,} tokens", contestants, rounds=9)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from measure import DEVICE, ON_GPU, PEERS, PRECISIONS, QUICK
+from torch.nn import functional as F
 
 import train
 from data import BOS, EOS, NOT_PREDICTED, Batch, mask_tokens
@@ -42,11 +43,13 @@ def make_model(changes: dict[str, int], directory: Path) -> RobertaForMaskedLM:
     return model.to(DEVICE)
 
 
-def hugging_face(directory: Path) -> torch.nn.Module:
-    """Returns their model with the weights that ours has saved."""
+def hugging_face(directory: Path, attention: str = "sdpa") -> torch.nn.Module:
+    """Returns their model with the weights that ours has saved. attention: "eager" or "sdpa", torch's kernel.
+    """
     import transformers
 
-    return transformers.RobertaForMaskedLM.from_pretrained(directory).to(DEVICE)
+    model = transformers.RobertaForMaskedLM.from_pretrained(directory, attn_implementation=attention)
+    return model.to(DEVICE)
 
 
 def make_batch(vocab_size: int, batch_size: int, seq_len: int) -> tuple[Batch, np.ndarray]:
@@ -66,10 +69,8 @@ def make_batch(vocab_size: int, batch_size: int, seq_len: int) -> tuple[Batch, n
 def our_step(model: RobertaForMaskedLM, batch: Batch, precision: str, compiled: bool = False) -> Callable:
     """Returns a function that does train.py's step."""
     # As `pretrain` does it, but the rate, which costs nothing, is always the same.
-    config = train.TrainConfig(precision=precision, batch_size=len(batch.input_ids))
+    config = train.TrainConfig(precision=precision, batch_size=len(batch.input_ids), compile=compiled)
     training = train.begin(config, train.set_up(config), model)
-    if compiled:
-        training.parallel = torch.compile(training.parallel)
     losses, counts = functools.partial(train.loss_sums, device=DEVICE), [len(batch.labels)]
 
     def step() -> None:
@@ -79,10 +80,10 @@ def our_step(model: RobertaForMaskedLM, batch: Batch, precision: str, compiled: 
     return step
 
 
-def their_step(model: torch.nn.Module, batch: Batch, labels: np.ndarray, precision: str,
+def their_step(directory: Path, batch: Batch, labels: np.ndarray, precision: str, attention: str = "sdpa",
                fused: bool | None = None, compiled: bool = False) -> Callable:
     """Returns a function that does a step as users of Hugging Face's model write it."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    dtype, model = measure.DTYPES[precision], hugging_face(directory, attention)
     arrays = batch.input_ids, batch.attention_mask, labels
     # Their loss is the mean over the predicted places, ours the sum over their number: the same gradients.
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=fused)
@@ -101,13 +102,12 @@ def their_step(model: torch.nn.Module, batch: Batch, labels: np.ndarray, precisi
     return step
 
 
-# Compiled only on a GPU: on a CPU there may be no C++ compiler.
-OURS = {"ours": {}, "ours, compiled": {"compiled": True}}
-THEIRS = {
-    "Hugging Face": {},
-    "Hugging Face, fused AdamW": {"fused": True},
-    "Hugging Face, fused AdamW, compiled": {"fused": True, "compiled": True},
-}
+# "ours" is what train.py does: compiled on a GPU. On a CPU there may be no C++ compiler.
+OURS = {"ours": {"compiled": ON_GPU}} | ({"ours, not compiled": {}} if ON_GPU else {})
+THEIRS = {"Hugging Face": {}, "Hugging Face, fused AdamW": {"fused": True}}
+if ON_GPU:
+    THEIRS |= {"Hugging Face, eager attention": {"attention": "eager"},
+               "Hugging Face, fused AdamW, compiled": {"fused": True, "compiled": True}}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -118,13 +118,11 @@ def test_pretraining_step(benchmark, tmp_path, size, precision):
     batch_size = 1 if QUICK else on_gpu if ON_GPU else on_cpu
     contestants = {}
     for name, options in OURS.items():
-        if ON_GPU or "compiled" not in options:
-            model = make_model(changes, tmp_path)
-            batch, labels = make_batch(model.config.vocab_size, batch_size, seq_len)
-            contestants[name] = our_step(model, batch, precision, **options)
+        model = make_model(changes, tmp_path)
+        batch, labels = make_batch(model.config.vocab_size, batch_size, seq_len)
+        contestants[name] = our_step(model, batch, precision, **options)
     for name, options in THEIRS.items() if PEERS else ():
-        if ON_GPU or "compiled" not in options:
-            contestants[name] = their_step(hugging_face(tmp_path), batch, labels, precision, **options)
+        contestants[name] = their_step(tmp_path, batch, labels, precision, **options)
     # Theirs computes more, the scores of the vocabulary at every place; what counts is what the task needs.
     forward = measure.model_flops(model.config, batch_size, seq_len, len(batch.predicted))
     measure.compare(
@@ -132,6 +130,36 @@ def test_pretraining_step(benchmark, tmp_path, size, precision):
         rounds=9 if ON_GPU else 3, warmup=3 if ON_GPU else 1, amount=(batch_size * seq_len, "tokens"),
         flops=3 * forward, precision=precision,
     )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_attention(benchmark, precision):
+    """Forward and backward of one layer's attention, in rows that are 90 to 100 % full: as roberta.py has it,
+    with a mask that shuts out padding, and without.
+    """
+    B, T, H, D = (2, 64, 3, 16) if QUICK else (32 if ON_GPU else 4, 512, 12, 64)
+    dtype = measure.DTYPES[precision]
+    qkv = [torch.randn(B, T, H, D, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
+    lengths = torch.linspace(0.9 * T, T, B, device=DEVICE).long()
+    real = torch.arange(T, device=DEVICE) < lengths[:, None]  # (B, T)
+    # A mask keeps out torch's fastest kernel. Without one each row counts as two sequences, its real tokens
+    # and its padding: so no token moves, and none sees a token of the other kind.
+    ends = torch.stack([lengths, T - lengths], 1).flatten().cumsum(0)
+    two_a_row = functools.partial(torch.nested.nested_tensor_from_jagged, offsets=F.pad(ends, (1, 0)),
+                                  min_seqlen=1, max_seqlen=T)
+
+    def masked(dropout: float = 0.1) -> torch.Tensor:
+        q, k, v = (part.transpose(1, 2) for part in qkv)
+        return F.scaled_dot_product_attention(q, k, v, real[:, None, None], dropout).transpose(1, 2)
+
+    def jagged(dropout: float = 0.1) -> torch.Tensor:
+        q, k, v = (two_a_row(part.flatten(0, 1)).transpose(1, 2) for part in qkv)
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return attended.transpose(1, 2).values().unflatten(0, (B, T))
+
+    torch.testing.assert_close(masked(0)[real], jagged(0)[real], atol=2e-2, rtol=2e-2)
+    contestants = {"ours": lambda: masked().sum().backward(), "jagged": lambda: jagged().sum().backward()}
+    measure.compare(benchmark, f"attention, {B} x {T}, {precision}", contestants, rounds=9, warmup=3)
 
 
 @pytest.mark.parametrize("batch_size", (1, 8) if QUICK else (1, 64))

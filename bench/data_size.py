@@ -17,20 +17,19 @@ smaller: at the longest the smallest share is read some fifty times.
 
 from __future__ import annotations
 
-import study
-from study import Cell, Flags, Panel, Paper, Session, Study
+from study import Cell, Flags, Panel, Paper, Session, Study, main, product, share_of_corpus
 
 
 def flags(session: Session, cell: Cell) -> Flags:
     steps = round(session.scale.sequences * cell["length"]) // session.scale.flags["batch_size"]
-    return {"data": study.share_of_corpus(session, cell["share"]), "max_steps": steps}
+    return {"data": share_of_corpus(session, cell["share"]), "max_steps": steps}
 
 
-CELLS = study.product(length=(2.0, 1.0, 0.5), share=(1 / 128, 1 / 16, 1.0))
+CELLS = product(length=(2.0, 1.0, 0.5), share=(1 / 128, 1 / 16, 1.0))
 STUDY = Study(
     name="data_size",
     title="More data, longer training",
-    cells={"smoke": study.product(length=(1.0, 0.5), share=(0.5, 1.0)), "cpu": CELLS, "gpu": CELLS},
+    cells={"smoke": product(length=(1.0, 0.5), share=(0.5, 1.0)), "cpu": CELLS, "gpu": CELLS},
     flags=flags,
     panels=(Panel("steps", "eval_perplexity", "share", log=True), Panel("length", "MNLI-m", "share")),
     paper=Paper("Table 4, LARGE", ("SQuAD 1.1 F1", "SQuAD 2.0 F1", "MNLI-m", "SST-2"), {
@@ -43,4 +42,4 @@ STUDY = Study(
 
 
 if __name__ == "__main__":
-    study.main(STUDY, __doc__)
+    main(STUDY, __doc__)

@@ -8,6 +8,7 @@ half.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from study import Session, prepared, run_script
 import data
 
 EXAMPLES = {"smoke": 120, "cpu": 4000, "gpu": 24_000}  # of a task at most; of the made-up one a sixth is dev
-FOLDERS = {"sst-2": "SST-2", "qnli": "QNLI"}
 
 
 def fine_tune(session: Session, out: Path, names: Sequence[str] = ()) -> dict[str, float]:
@@ -41,17 +41,16 @@ def fine_tune(session: Session, out: Path, names: Sequence[str] = ()) -> dict[st
 def tasks(session: Session) -> list[tuple[str, str, Path]]:
     """Returns for each task its name, finetune.py's name for it, and where it is."""
     found = [("word_order", "sst-2", word_order(session))]
-    for task, folder in FOLDERS.items() if session.options.glue else ():
+    for folder in ("SST-2", "QNLI") if session.options.glue else ():
         source, cut = Path(session.options.glue) / folder, session.data / f"{folder}-{session.options.scale}"
         cut.mkdir(parents=True, exist_ok=True)
         for name in ("train.tsv", "dev.tsv"):
             rows = (source / name).read_text(encoding="utf-8").split("\n")[: EXAMPLES[session.options.scale]]
             data.write_atomically(cut / name, ("\n".join(rows).rstrip("\n") + "\n").encode())
-        found.append((task, task, cut))
+        found.append((folder.lower(), folder.lower(), cut))
     return found
 
 
-@functools.cache
 def word_order(session: Session) -> Path:
     """Returns the folder of the made-up task in SST-2's files. Label 1: as written.
 
@@ -63,13 +62,11 @@ def word_order(session: Session) -> Path:
     for split, name, wanted in (("heldout", "dev", count // 6), ("train", "train", count - count // 6)):
         random = np.random.default_rng(0)
         rows = ["sentence\tlabel"]
-        for words in plain_sentences(data.Corpus(prepared(session), split)):
+        for words in itertools.islice(plain_sentences(data.Corpus(prepared(session), split)), wanted):
             label = len(rows) % 2
             if label == 0:
                 words[1:-1] = random.permutation(words[1:-1])
             rows.append(f"{' '.join(words)}\t{label}")
-            if len(rows) > wanted:
-                break
         data.write_atomically(directory / f"{name}.tsv", ("\n".join(rows) + "\n").encode())
     return directory
 

@@ -22,11 +22,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import study
 import torch
 from downstream import fine_tune, tasks
 from measure import DEVICE
-from study import Cell, Flags, Panel, Paper, Session, Study
+from study import MODEL, SCALES, Cell, Flags, Panel, Paper, Record, Session, Study, main, prepared, product
 
 import data
 import train
@@ -36,7 +35,7 @@ FORMATS = ("segment-pair", "sentence-pair", "full-sentences", "doc-sentences")
 
 
 def flags(session: Session, cell: Cell) -> Flags:
-    text, common = study.prepared(session), session.scale.flags
+    text, common = prepared(session), session.scale.flags
     tasks(session)  # are made now, before several runs want them at the same time
     # How many tokens a step has, padding apart, seen on a few steps; then how many steps make equal tokens.
     batches = batches_of(data.Corpus(text), cell["input_format"], common)
@@ -50,18 +49,18 @@ def batches_of(corpus: data.Corpus, input_format: data.InputFormat, common: Flag
     return data.Batches(sequences, batch_size=size, micro_batch_size=size, seed=0)
 
 
-def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
+def measure(session: Session, record: Record, out: Path) -> dict[str, float]:
     """Returns accuracies in per cent: of the fine-tuned model, and with pairs of next-sentence prediction."""
     found = fine_tune(session, out)
-    if cell["input_format"] in data.PAIR_FORMATS:
-        found["nsp_accuracy"] = nsp_accuracy(session, cell["input_format"], out)
+    if record["input_format"] in data.PAIR_FORMATS:
+        found["nsp_accuracy"] = nsp_accuracy(session, record["input_format"], out)
     return found
 
 
 @torch.inference_mode()
 def nsp_accuracy(session: Session, input_format: data.InputFormat, out: Path) -> float:
     model = RobertaForPreTraining.from_pretrained(out).to(DEVICE)
-    held_out = data.Corpus(study.prepared(session), "heldout")
+    held_out = data.Corpus(prepared(session), "heldout")
     right = []
     for batch in batches_of(held_out, input_format, session.scale.flags).held_out(2048):
         _, scores = train.model_outputs(model, batch, DEVICE)
@@ -69,11 +68,11 @@ def nsp_accuracy(session: Session, input_format: data.InputFormat, out: Path) ->
     return 100 * sum(right) / len(right)
 
 
-LONGER = study.MODEL | {"hidden_size": 128, "intermediate_size": 512, "peak_lr": 2e-3, "seq_len": 128}
+LONGER = MODEL | {"hidden_size": 128, "intermediate_size": 512, "peak_lr": 2e-3, "seq_len": 128}
 STUDY = Study(
     name="input_format",
     title="The four input formats, at equal tokens",
-    cells=dict.fromkeys(study.SCALES, study.product(input_format=FORMATS)),
+    cells=dict.fromkeys(SCALES, product(input_format=FORMATS)),
     flags=flags,
     measure=measure,
     panels=tuple(Panel("input_format", name, "input_format")
@@ -93,4 +92,4 @@ STUDY = Study(
 
 
 if __name__ == "__main__":
-    study.main(STUDY, __doc__)
+    main(STUDY, __doc__)

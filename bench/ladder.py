@@ -21,9 +21,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import study
 from downstream import fine_tune, tasks
-from study import Cell, Flags, Panel, Paper, Session, Study
+from study import SCALES, Cell, Flags, Panel, Paper, Record, Session, Study, main, product, share_of_corpus
 
 # name, what it changes, and the paper's MNLI-m: its gains one on top of the other
 RUNGS = {
@@ -49,12 +48,12 @@ def flags(session: Session, cell: Cell) -> Flags:
             break
     batch_size, peak_lr = BATCHES[session.options.scale][changes.pop("tuned", False)]
     sequences = session.scale.sequences * changes.pop("length", 1)
-    text = study.share_of_corpus(session, changes.pop("share"))
+    text = share_of_corpus(session, changes.pop("share"))
     return changes | {"data": text, "max_steps": sequences // batch_size, "batch_size": batch_size,
                       "peak_lr": peak_lr}
 
 
-def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
+def measure(session: Session, record: Record, out: Path) -> dict[str, float]:
     # On one task: GLUE's where it is at hand.
     return fine_tune(session, out, ("sst-2",) if session.options.glue else ("word_order",))
 
@@ -62,7 +61,7 @@ def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
 STUDY = Study(
     name="ladder",
     title="From BERT to RoBERTa",
-    cells=dict.fromkeys(study.SCALES, study.product(rung=RUNGS)),
+    cells=dict.fromkeys(SCALES, product(rung=RUNGS)),
     flags=flags,
     measure=measure,
     panels=tuple(Panel("rung", name) for name in ("eval_perplexity", "sst-2", "word_order", "MNLI-m")),
@@ -73,4 +72,4 @@ STUDY = Study(
 
 
 if __name__ == "__main__":
-    study.main(STUDY, __doc__)
+    main(STUDY, __doc__)

@@ -20,8 +20,7 @@ its little text by heart, which BASE can't with 16 GB.
 
 from __future__ import annotations
 
-import study
-from study import Cell, Flags, Panel, Paper, Session, Study
+from study import Cell, Flags, Panel, Paper, Session, Study, main, product, share_of_corpus
 
 import data
 
@@ -30,7 +29,7 @@ PASSES = {"smoke": (1, 4), "cpu": (40, 10), "gpu": (40, 10)}
 
 
 def flags(session: Session, cell: Cell) -> Flags:
-    text, scale = study.share_of_corpus(session, SHARE[session.options.scale]), session.scale.flags
+    text, scale = share_of_corpus(session, SHARE[session.options.scale]), session.scale.flags
     sequences = len(data.Sequences(data.Corpus(text), "full-sentences", scale["seq_len"]).bounds) - 1
     steps = max(1, cell["passes"] * sequences // scale["batch_size"])
     return {"data": text, "masking": cell["masking"], "max_steps": steps,
@@ -40,7 +39,7 @@ def flags(session: Session, cell: Cell) -> Flags:
 STUDY = Study(
     name="masking",
     title="Static and dynamic masking",
-    cells={scale: study.product(masking=("static", "dynamic"), passes=passes)
+    cells={scale: product(masking=("static", "dynamic"), passes=passes)
            for scale, passes in PASSES.items()},
     flags=flags,
     panels=(Panel("passes", "eval_perplexity", "masking"),
@@ -53,4 +52,4 @@ STUDY = Study(
 
 
 if __name__ == "__main__":
-    study.main(STUDY, __doc__)
+    main(STUDY, __doc__)

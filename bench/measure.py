@@ -14,13 +14,13 @@ it.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -39,7 +39,9 @@ from roberta import RobertaConfig  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+synchronize = torch.get_device_module(DEVICE).synchronize  # which on a CPU does nothing
 PRECISIONS = ("fp16", "bf16") if ON_GPU else ("fp32",)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 QUICK = bool(os.environ.get("BENCH_QUICK"))  # every case once, and small: does it work at all?
 
 # Hugging Face's libraries; without them a case measures ours alone.
@@ -73,12 +75,17 @@ def compare(benchmark: Any, case: str, contestants: dict[str, Callable[[], objec
     if QUICK:
         rounds, warmup = 1, 0
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    memory: dict[str, int] = {}
 
     def turn(name: str) -> None:
+        before = torch.cuda.memory_allocated() if ON_GPU else 0  # by all contestants' weights
         started = time.perf_counter()
         contestants[name]()
         synchronize()  # a GPU has only been told what to do when the call returns
         times[name].append(time.perf_counter() - started)
+        if ON_GPU:
+            memory[name] = torch.cuda.max_memory_allocated() - before
+            torch.cuda.reset_peak_memory_stats()
 
     def turns_of_the_others() -> None:
         for name in contestants:
@@ -91,6 +98,8 @@ def compare(benchmark: Any, case: str, contestants: dict[str, Callable[[], objec
     benchmark.pedantic(lambda: turn("ours"), setup=turns_of_the_others, rounds=rounds, warmup_rounds=warmup)
     info = note(benchmark, case, {name: found[warmup:] for name, found in times.items()})
     medians = info["seconds"]
+    if memory:
+        info["peak_bytes"] = memory  # of the last turn, beyond weights and Adam's moments
     if amount:
         count, info["unit"] = amount
         info["per_second"] = {name: count / seconds for name, seconds in medians.items()}
@@ -113,11 +122,6 @@ def note(benchmark: Any, case: str, times: dict[str, list[float]]) -> dict[str, 
     return info
 
 
-def synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Limits
 # ----------------------------------------------------------------------------------------------------------
@@ -126,8 +130,7 @@ def synchronize() -> None:
 @functools.cache
 def matmul_rate(precision: str) -> float:
     """Returns the FLOP/s of a large matrix product on this machine, measured once in each session."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    size = 8192 if ON_GPU else 2048
+    dtype, size = DTYPES[precision], 8192 if ON_GPU else 2048
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(13):
@@ -163,14 +166,8 @@ def model_flops(config: RobertaConfig, batch_size: int, seq_len: int, prediction
 
 def texts_of(corpus: data.Corpus) -> Iterator[str]:
     """Yields the documents of a prepared corpus as text: byte-level BPE has lost nothing of it."""
-    begin = 0
-    for end in corpus.documents:
+    for begin, end in zip([0, *corpus.documents], corpus.documents):
         yield corpus.tokenizer.decode(corpus.tokens[begin:end].tolist())
-        begin = end
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if ON_GPU else f"{data.cores()} CPU cores ({processor()})"
 
 
 def processor() -> str:
@@ -182,9 +179,8 @@ def processor() -> str:
 
 def machine() -> dict[str, str]:
     """Returns what a figure depends on beside the code: date, commit, hardware, versions."""
-    commit = ""
-    with contextlib.suppress(OSError):  # no git on this machine
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"date": time.strftime("%Y-%m-%d"), "commit": commit or "unknown", "machine": device_name(),
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    device = torch.cuda.get_device_name() if ON_GPU else f"{data.cores()} CPU cores ({processor()})"
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit or "unknown", "machine": device,
             "torch": torch.__version__, "python": platform.python_version()}

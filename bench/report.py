@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-HEAD = ["case", "who", "median", "rate", "times ours", "of matmul rate"]
+HEAD = ["case", "who", "median", "rate", "times ours", "of matmul rate", "peak memory"]
 
 
 def table(cases: list[dict]) -> str:
@@ -24,7 +24,8 @@ def table(cases: list[dict]) -> str:
             rate = f"{show(info['per_second'][who])} {info['unit']}/s" if "per_second" in info else ""
             ratio = f"{info['times_ours'][who]:.2f}" if who in info["times_ours"] else ""
             share = f"{info['share_of_matmul_rate'][who]:.0%}" if "share_of_matmul_rate" in info else ""
-            rows.append([info["case"], who, duration(seconds), rate, ratio, share])
+            peak = f"{show(info['peak_bytes'][who] / 1e9)} GB" if "peak_bytes" in info else ""
+            rows.append([info["case"], who, duration(seconds), rate, ratio, share, peak])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -24,7 +24,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -120,7 +120,7 @@ class Study:
     columns: tuple[str, ...] = ("eval_perplexity",)  # what of the records the table sums up over the seeds
     tuned: tuple[str, ...] = ()  # of a cell: the first seed tries all values, the others take the best
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by scale: what differs from SCALES
-    measure: Callable[[Session, Cell, Path], dict[str, float]] | None = None  # what is added to a record
+    measure: Callable[[Session, Record, Path], dict[str, float]] = lambda *run: {}  # added to a record
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -140,11 +140,11 @@ def prepared(session: Session) -> Path:
     return data.prepare(data.PrepareConfig(corpus, str(out), session.scale.vocab_size, held_out=HELD_OUT))
 
 
-def prepared_texts(session: Session, name: str, texts: Callable[[], Iterable], **config: Any) -> Path:
-    """Returns these texts, prepared under a name; `texts` is called only where that is not done yet."""
+def prepared_texts(session: Session, name: str, texts: Iterable[str], **config: Any) -> Path:
+    """Returns these texts, prepared under a name; they are read only where that is not done yet."""
     rows, out = session.data / f"{name}.jsonl", session.data / name
     if not rows.exists():
-        lines = [json.dumps({"text": text}) + "\n" for text in texts()]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
         data.write_atomically(rows, "".join(lines).encode())
     return data.prepare(data.PrepareConfig((str(rows),), str(out), **{"held_out": HELD_OUT} | config))
 
@@ -159,10 +159,8 @@ def share_of_corpus(session: Session, share: float) -> Path:
     if share == 1:
         return whole
 
-    def texts() -> Iterator[str]:
-        yield from texts_of(data.Corpus(whole, "heldout"))
-        yield from itertools.islice(texts_of(data.Corpus(whole, "train")), 0, None, round(1 / share))
-
+    kept = itertools.islice(texts_of(data.Corpus(whole, "train")), 0, None, round(1 / share))
+    texts = itertools.chain(texts_of(data.Corpus(whole, "heldout")), kept)
     return prepared_texts(session, f"{whole.name}-share{share:g}", texts, tokenizer=str(whole / "tokenizer"))
 
 
@@ -215,8 +213,7 @@ def run(study: Study, session: Session, cell: Cell, flags: Flags, seed: int) -> 
         return finished["record"]
     run_script(session, "train.py", flags, Path(f"{out}.log"))
     record = {**cell, "seed": seed, **data.read_json(out / "results.json")}
-    if study.measure:
-        record |= study.measure(session, cell, out)
+    record |= study.measure(session, record, out)
     data.write_json(path, {"flags": described, "record": record})
     return record
 
@@ -229,8 +226,7 @@ def run_all(study: Study, session: Session) -> list[Record]:
     for seed in range(session.scale.seeds):
         records += run_seed(study, session, cells, seed)
         cells = best_cells(study, records)
-    chosen = [tuple(cell.values()) for cell in cells]
-    return [record | {"chosen": tuple(record[name] for name in cells[0]) in chosen} for record in records]
+    return [record | {"chosen": {name: record[name] for name in cells[0]} in cells} for record in records]
 
 
 def best_cells(study: Study, records: list[Record]) -> list[Cell]:
@@ -255,10 +251,9 @@ def run_seed(study: Study, session: Session, cells: list[Cell], seed: int) -> li
             names = [name for name in (*cells[0], *study.columns) if record.get(name) is not None]
             shown = [f"{name} {show(record[name])}" for name in names]
             print(f"{number}/{len(cells)}  {'  '.join(shown)}", flush=True)
-    except BaseException:
+    finally:
         # The runs that have begun end first; Ctrl-C has reached them, too, and train.py saves before it goes.
         pool.shutdown(cancel_futures=True)
-        raise
     return [future.result() for future in futures]
 
 
@@ -356,20 +351,16 @@ def draw_panel(axes: Any, panel: Panel, records: list[Record]) -> None:
         baseline = min(record["unigram_perplexity"] for record in records)
         axes.axhline(baseline, color="#555555", linestyle="--", linewidth=1)
         axes.annotate("unigram", (0.02, baseline), xycoords=("axes fraction", "data"), fontsize=8)
-    label_lines(axes, ends)
+    # Beside the end of each line what it is, moved up where it would cover another.
+    bottom, top = axes.get_ylim()
+    before = -math.inf
+    for y, x, text, color in sorted(ends, key=lambda end: end[0]):
+        before = max(y, before + 0.05 * (top - bottom))
+        axes.annotate(f"  {text}", (x, before), color=color, fontsize=8, va="center")
     axes.tick_params(axis="x", labelrotation=0 if isinstance(records[0][panel.x], int | float) else 30)
     better = "(less is better)" if re.search("perplexity|bits", panel.y) else ""
     axes.set(xlabel=panel.x.replace("_", " "), ylabel=f"{panel.y.replace('_', ' ')} {better}")
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def label_lines(axes: Any, ends: list[tuple[float, Any, str, str]]) -> None:
-    """Writes beside the end of each line what it is, moved up where it would cover another."""
-    low, high = axes.get_ylim()
-    before = -float("inf")
-    for y, x, text, color in sorted(ends, key=lambda end: end[0]):
-        before = max(y, before + 0.05 * (high - low))
-        axes.annotate(f"  {text}", (x, before), color=color, fontsize=8, va="center")
 
 
 def publish(study: Study, session: Session, records: list[Record]) -> None:

@@ -31,10 +31,9 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
-import study
 import torch
 from measure import DEVICE, texts_of
-from study import Cell, Flags, Panel, Paper, Session, Study
+from study import Cell, Flags, Panel, Paper, Record, Session, Study, main, prepared, prepared_texts, product
 from torch.nn.functional import cross_entropy
 
 import data
@@ -45,22 +44,20 @@ UNKNOWN = "\x1a"  # ASCII's "substitute": a word with a character that is not of
 
 
 def flags(session: Session, cell: Cell) -> Flags:
-    change = CHANGES[cell["encoding"]]
-    whole = study.prepared(session)
+    texts = map(CHANGES[cell["encoding"]], texts_of(data.Corpus(prepared(session))))
+    name = f"{cell['encoding']}-units{cell['units']}"
     # Nothing more is held out: both encodings are to read the same documents.
-    text = study.prepared_texts(
-        session, f"{cell['encoding']}-units{cell['units']}",
-        lambda: map(change, texts_of(data.Corpus(whole))), vocab_size=cell["units"], held_out=1e-9)
+    text = prepared_texts(session, name, texts, vocab_size=cell["units"], held_out=1e-9)
     common = session.scale.flags
     sequences = len(data.Sequences(data.Corpus(text), "full-sentences", common["seq_len"]).bounds) - 1
     steps = PASSES[session.options.scale] * sequences / common["batch_size"]
     return {"data": text, "max_steps": max(1, round(steps))}
 
 
-def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
+def measure(session: Session, record: Record, out: Path) -> dict[str, float]:
     """Returns what the run's model makes of the held-out documents: bits for a byte of them as written."""
-    texts = list(texts_of(data.Corpus(study.prepared(session), "heldout")))
-    changed = [CHANGES[cell["encoding"]](text) for text in texts]
+    texts = list(texts_of(data.Corpus(prepared(session), "heldout")))
+    changed = [CHANGES[record["encoding"]](text) for text in texts]
     size, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
     model = RobertaForMaskedLM.from_pretrained(out).to(DEVICE)
     tokenizer = data.Tokenizer.from_pretrained(out)
@@ -73,7 +70,7 @@ def measure(session: Session, cell: Cell, out: Path) -> dict[str, float]:
     }
     if session.options.second_language:
         text = Path(session.options.second_language).read_text(encoding="utf-8")
-        changed = CHANGES[cell["encoding"]](text)
+        changed = CHANGES[record["encoding"]](text)
         found |= {"second_tokens_per_byte": len(tokenizer.encode(changed)) / len(text.encode()),
                   "second_unknown_words": unknown_share(changed)}
     return found
@@ -98,15 +95,12 @@ def masked_loss(model: RobertaForMaskedLM, tokenizer: data.Tokenizer, ids: np.nd
     rows, epochs = np.arange(count), np.zeros(count, int)
     masked, labels = data.mask_tokens(
         input_ids, rows, epochs, seed=0, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id)
-    loss, predictions = 0.0, 0
-    for begin in range(0, count, 64):
-        batch = slice(begin, begin + 64)
-        logits = model(torch.from_numpy(masked[batch]).to(DEVICE)).flatten(0, 1)  # (B * T, V)
-        targets = torch.from_numpy(labels[batch]).to(DEVICE).flatten().long()
+    loss = 0.0
+    for batch, targets in zip(torch.from_numpy(masked).split(64), torch.from_numpy(labels).split(64)):
+        logits = model(batch.to(DEVICE)).flatten(0, 1)  # (B * T, V)
         # cross_entropy leaves out labels of -100, which is what NOT_PREDICTED is.
-        loss += float(cross_entropy(logits, targets, reduction="sum"))
-        predictions += int((targets != data.NOT_PREDICTED).sum())
-    return loss / predictions
+        loss += float(cross_entropy(logits, targets.to(DEVICE).flatten(), reduction="sum"))
+    return loss / int((labels != data.NOT_PREDICTED).sum())
 
 
 def as_for_bert(text: str) -> str:
@@ -129,7 +123,7 @@ CHANGES = {"byte": str, "character": as_for_bert}  # byte-level BPE reads a text
 STUDY = Study(
     name="text_encoding",
     title="Byte-level and character-level BPE, for one text",
-    cells={scale: study.product(encoding=("byte", "character"), units=units) for scale, units in (
+    cells={scale: product(encoding=("byte", "character"), units=units) for scale, units in (
         ("smoke", (512, 1024)), ("cpu", (1024, 4096, 8192)), ("gpu", (2048, 8192, 32768)))},
     flags=flags,
     measure=measure,
@@ -145,4 +139,4 @@ STUDY = Study(
 
 
 if __name__ == "__main__":
-    study.main(STUDY, __doc__)
+    main(STUDY, __doc__)

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # more gain nothing here, and wait for each other on a busy machine
 
 import pytest  # noqa: E402
-from helpers import config, make_documents  # noqa: E402
+from helpers import config, make_documents, write_corpus  # noqa: E402
 
 import data  # noqa: E402
 
@@ -22,6 +22,18 @@ def oracle():
         return pytest.importorskip(name, reason=f"{name} is in the optional `oracle` extra")
 
     return load
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A directory of six text files with 40 documents each."""
+    return write_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> data.Tokenizer:
+    """Of 500 units, some of which are of other scripts and white space."""
+    return data.train_bpe([*make_documents(100), "Ümläut é日本語 🙂👍🏽 \r\n\t don't it's"] * 2, 500)
 
 
 @pytest.fixture(scope="session")

@@ -85,10 +85,12 @@ def ends(main, arguments, code: int, capsys) -> str:
     return errors
 
 
-def run(*command, cwd=ROOT, timeout=240, **options) -> subprocess.CompletedProcess:
-    """Runs a Python script of the project, or `-m module`, from its root; returns output and exit code."""
+def run(*command, code=0, cwd=ROOT, timeout=240, **options) -> subprocess.CompletedProcess:
+    """Runs a Python script of the project, or `-m module`, from its root, which must exit with this code."""
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **options)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **options)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def holds_no_pickle(directory: Path) -> None:

@@ -1,7 +1,11 @@
 """bench/: the studies end to end at their smallest, worked examples, how the benchmarks measure."""
 
 import json
+import os
+import subprocess
 import sys
+import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,23 +21,26 @@ import study  # noqa: E402
 STUDIES = ("batch_size", "masking", "input_format", "text_encoding", "data_size", "ladder")
 
 
+def call_gpu_sh(root, *parts):
+    """Calls bench/gpu.sh, on this machine and at its smallest; returns what it printed."""
+    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    quick = {"BENCH_QUICK": "1", "BENCH_SECONDS": "3000", "BENCH_CORPUS": f"{root}/text.txt", "PATH": paths}
+    words = ["bash", str(ROOT / "bench/gpu.sh"), str(root / "out"), *parts]
+    return subprocess.run(words, env=os.environ | quick, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The directory where all studies have run."""
-    root = tmp_path_factory.mktemp("studies")
+    """The directory where bench/gpu.sh has done all."""
+    root = tmp_path_factory.mktemp("gpu")
     (root / "text.txt").write_text("\n\n".join(make_documents(400)), encoding="utf-8")
-    for name in STUDIES:
-        done = run_study(root, name)
-        assert done.returncode == 0, done.stderr
+    done = call_gpu_sh(root)
+    assert done.returncode == 0, done.stdout + done.stderr
     return root
 
 
-def run_study(root, name):
-    return run(f"bench/{name}.py", "--scale", "smoke", "--corpus", root / "text.txt", "--out", root)
-
-
 def records(smoke, name):
-    return json.loads((smoke / f"{name}-smoke.json").read_text())["runs"]
+    return json.loads((smoke / f"out/results/{name}-smoke.json").read_text())["runs"]
 
 
 @pytest.mark.slow
@@ -43,9 +50,10 @@ def test_smoke(smoke, name):
     runs = records(smoke, name)
     assert {run["seed"] for run in runs} == {0, 1}
     assert all(run["eval_loss"] > 0 and run["steps"] > 0 for run in runs)
-    text = (smoke / f"{name}-smoke.md").read_text()
+    stem = smoke / f"out/results/{name}-smoke"
+    text = stem.with_suffix(".md").read_text()
     assert "| paper: " in text and f"]({name}-smoke.png)" in text
-    assert (smoke / f"{name}-smoke.png").read_bytes().startswith(b"\x89PNG")
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -63,17 +71,32 @@ def test_static_and_dynamic_are_equal_for_ten_epochs(smoke):
 
 @pytest.mark.slow
 def test_second_call_repeats_nothing(smoke):
-    """Finished runs are found done: the same records, and no file of a run is touched."""
-    files = {path: path.stat().st_mtime_ns for path in (smoke / "masking-smoke").rglob("*")}
-    before = records(smoke, "masking")
-    assert run_study(smoke, "masking").returncode == 0
-    assert records(smoke, "masking") == before
-    assert {path: path.stat().st_mtime_ns for path in (smoke / "masking-smoke").rglob("*")} == files
+    """Parts that are done are left as they are; without that note a study finds its runs done."""
+    def files():
+        return {path: path.stat().st_mtime_ns for path in (smoke / "out/studies/masking-smoke").rglob("*")}
+
+    before, runs = files(), records(smoke, "masking")
+    archive = smoke / "out/results.tar.gz"
+    archive.unlink()
+    (smoke / "out/masking.done").unlink()
+    assert "done so far: batch_size.done" in call_gpu_sh(smoke).stdout
+    assert files() == before and records(smoke, "masking") == runs
+    with tarfile.open(archive) as packed:
+        names = {Path(name).name for name in packed.getnames()}
+    assert {"model-smoke.json", "train-smoke.md", *(f"{name}-smoke.png" for name in STUDIES)} <= names
+
+
+@pytest.mark.slow
+def test_what_fails_is_not_done(tmp_path):
+    (tmp_path / "text.txt").write_text("too little")
+    failed = call_gpu_sh(tmp_path, "masking")
+    assert failed.returncode == 1 and "masking ended with 1" in failed.stderr
+    assert not (tmp_path / "out/masking.done").exists()
 
 
 @pytest.mark.slow
 def test_shares_hold_the_same_documents_out(smoke):
-    whole, half = smoke / "data" / "units1024", smoke / "data" / "units1024-share0.5"
+    whole, half = (smoke / f"out/studies/data/units1024{share}" for share in ("", "-share0.5"))
     texts = [set(measure.texts_of(data.Corpus(part, "heldout"))) for part in (whole, half)]
     assert texts[0] == texts[1]
     kept, of = (set(measure.texts_of(data.Corpus(part))) for part in (half, whole))
@@ -81,9 +104,9 @@ def test_shares_hold_the_same_documents_out(smoke):
 
 
 def test_bad_flags(tmp_path):
-    for flags, message in ((["--jobs", "0"], "--jobs 0"), (["--corpus", "nowhere.txt"], "nowhere.txt")):
-        failed = run("bench/masking.py", *flags, "--out", tmp_path)
-        assert failed.returncode != 0 and message in failed.stderr and "Traceback" not in failed.stderr
+    for flags, code, message in ((["--jobs", "0"], 2, "--jobs 0"), (["--corpus", "no.txt"], 1, "no.txt")):
+        failed = run("bench/masking.py", *flags, "--out", tmp_path, code=code)
+        assert message in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_table_beside_the_papers():

@@ -11,10 +11,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, contents, ends, make_documents, run, write_corpus
+from helpers import ROOT, contents, ends, make_documents, run
 
 import data
 
@@ -180,9 +181,8 @@ def test_sequences_are_full_in_any_script(tmp_path, language):
     texts = ["".join(rng.choice(sentences, 60)) for _ in range(60)]
     if language not in ("Arabic", "Thai"):  # ASCII's stops want a space; Thai has none
         assert sum(map(len, map(data.split_sentences, texts))) >= 0.8 * 60 * 60
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    corpus = data.Corpus(data.prepare(flags(tmp_path / "corpus", tmp_path / "out", vocab_size=300)))
+    (tmp_path / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    corpus = data.Corpus(data.prepare(flags(tmp_path / "a.txt", tmp_path / "out", vocab_size=300)))
     lengths = data.Sequences(corpus, "full-sentences", 512).lengths(None)
     assert (lengths[:-1].mean() + 2) / 512 >= 0.92
 
@@ -229,11 +229,6 @@ def test_tiktoken_segments_words_as_the_merges_do_one_after_the_other():
                     pieces[i : i + 2] = [left + right]
                 i += 1
         assert tokenizer.encode(word) == [tokenizer.vocab[piece] for piece in pieces]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return data.train_bpe([*make_documents(100), "Ümläut é日本語 🙂👍🏽 \r\n\t don't it's"] * 2, 500)
 
 
 AWKWARD = [*"|a|</s> <mask> <s><pad>|\u0085\u2028 \u00a0x|\ufeffa|a\0b|🙂👍🏽👨‍👩‍👧|don't WE'LL".split("|"),
@@ -321,7 +316,7 @@ def test_fairseqs_files_open_through_the_dictionary(tmp_path):
         data.Tokenizer.from_pretrained(tmp_path)
 
 
-def test_units_that_fairseqs_dictionary_lacks_are_unk_and_stay_so(tokenizer, tmp_path, capsys):
+def test_units_that_fairseqs_dictionary_lacks_are_unk_and_stay_so(tokenizer, corpus, tmp_path, capsys):
     """A small corpus lacks some. Such tokens are read, masked and predicted as <unk>."""
     units = {data.spell(bytes([b])): i for i, b in enumerate(data.BYTE_ORDER)}
     (tmp_path / "encoder.json").write_text(json.dumps(units | {"he": 256, "the": 257}))
@@ -334,7 +329,6 @@ def test_units_that_fairseqs_dictionary_lacks_are_unk_and_stay_so(tokenizer, tmp
     for opened in (tokenizer, data.Tokenizer.from_pretrained(tmp_path / "saved")):
         assert opened.decode(opened.encode("a the box")) == "a <unk> bo<unk>" and opened.mask_id == 256
         assert [text.tolist() for text in opened.encode_with_offsets("the x")[1]] == [[0, 3], [3, 4], [4, 5]]
-    corpus = write_corpus(tmp_path / "corpus")
     out = data.prepare(flags(corpus, tmp_path / "out", tokenizer=str(tmp_path / "saved")))
     batches = data.Batches(data.Sequences(data.Corpus(out), "full-sentences", 64), 8, 4, seed=0)
     for step in map(batches.step, range(5)):
@@ -375,10 +369,9 @@ def test_bad_tokenizer_files_are_refused_by_name(tokenizer, tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_prepare_keeps_every_document_once_on_one_side(tmp_path, tokenizer):
+def test_prepare_keeps_every_document_once_on_one_side(corpus, tmp_path, tokenizer):
     """With a tokenizer that is given."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    corpus = write_corpus(tmp_path / "corpus")
     (corpus / "9.txt").write_text("\n\n".join(make_documents(40, seed=0)[:7]))
     out = data.prepare(flags(corpus, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")))
     found, train = documents_of(out), data.Corpus(out)
@@ -389,11 +382,14 @@ def test_prepare_keeps_every_document_once_on_one_side(tmp_path, tokenizer):
     assert train.unigram.tolist() == np.bincount(train.tokens, minlength=500).tolist()
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
-    corpus = write_corpus(tmp_path / "corpus")
+def test_any_number_of_workers_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK_BYTES", 5000)
     found = [contents(data.prepare(flags(corpus, tmp_path / str(n), workers=n))) for n in (1, 2, 5)]
-    assert found[0] == found[1] == found[2] and "hashes.bin" not in found[0]
+    # Beside a GPU's driver workers are not forked.
+    driver = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=driver))
+    found.append(contents(data.prepare(flags(corpus, tmp_path / "spawned", workers=2))))
+    assert found[0] == found[1] == found[2] == found[3] and "hashes.bin" not in found[0]
 
 
 def test_workers_end_with_a_killed_parent():
@@ -415,8 +411,7 @@ def test_a_text_that_is_mended_after_a_failed_start_begins_again(tmp_path):
     assert contents(mended) == contents(data.prepare(flags(tmp_path / "a.txt", tmp_path / "fresh")))
 
 
-def test_other_settings_in_the_same_place_are_refused_with_both_values(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus")
+def test_other_settings_in_the_same_place_are_refused_with_both_values(corpus, tmp_path):
     out = data.prepare(flags(corpus, tmp_path / "out"))
     before = contents(out)
     data.prepare(flags(corpus, out))  # the same again is fine
@@ -430,7 +425,6 @@ def test_other_settings_in_the_same_place_are_refused_with_both_values(tmp_path)
 
 @pytest.mark.parametrize(("text", "more", "message"), [
     ("", [], "fewer than 2 different documents"),
-    ("only one", [], "fewer than 2 different documents"),
     ("a\n\nb", ["--held-out", "1.5"], "--held-out 1.5 must be from 1e-09 to 0.999"),
     ("a\n\nb", ["--vocab-size", "17"], "--vocab-size 17 must be at least 261"),
     ("a\n\nb", ["--tokenizer", "nowhere"], "nowhere: no tokenizer here"),
@@ -444,17 +438,15 @@ def test_bad_input_to_prepare_is_one_line(tmp_path, capsys, text, more, message)
     assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
 
 
-def test_a_directory_of_someone_elses_is_never_written_into(tmp_path, capsys):
-    corpus = write_corpus(tmp_path / "corpus")
+def test_a_directory_of_someone_elses_is_never_written_into(corpus, capsys):
     before = sorted(path.name for path in corpus.iterdir())
     errors = ends(data.main, arguments(corpus, corpus), 1, capsys)
     assert "corpus holds '0.txt' and no manifest.json of this program; choose another --out" in errors
     assert sorted(path.name for path in corpus.iterdir()) == before
 
 
-def change_manifest(out, **changes):
-    manifest = json.loads((out / "manifest.json").read_text()) | changes
-    (out / "manifest.json").write_text(json.dumps(manifest))
+def change_json(path, **changes):
+    data.write_json(path, data.read_json(path) | changes)
 
 
 def flip(path):
@@ -472,7 +464,7 @@ def cut(path):
     (lambda out: cut(out / "train.documents.bin"), "train.documents.bin: .* bytes, not the manifest's"),
     (lambda out: (out / "manifest.json").unlink(), "not prepared, or not to its end"),
     (lambda out: cut(out / "manifest.json"), "manifest.json: damaged, not JSON"),
-    (lambda out: change_manifest(out, format_version=7), "'format_version': 7.*'format_version': 2"),
+    (lambda out: change_json(out / "manifest.json", format_version=7), "version': 7.*version': 2"),
     (lambda out: data.train_bpe(make_documents(20), 300).save_pretrained(out / "tokenizer"), "prepare again"),
     (lambda out: shutil.rmtree(out / "tokenizer"), "no tokenizer here"),
 ])
@@ -750,5 +742,4 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
 def test_importing_has_no_side_effects():
     code = ("import sys, data; assert not {'torch', 'matplotlib'} & sys.modules.keys()\n"
             "import train; assert 'matplotlib' not in sys.modules and not train.dist.is_initialized()")
-    result = run("-c", code)
-    assert result.returncode == 0, result.stderr
+    run("-c", code)

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 from helpers import ROOT, command, config, contents, ends, run, same, write_corpus
-from test_data import arguments, bad_corpus, cut, flags, flip
+from test_data import arguments, bad_corpus, change_json, cut, flags, flip
 from test_train import close_weights, lines_of, stopped_at, torchrun, weights
 
 import data
@@ -23,9 +23,7 @@ import train
 
 def storm(mode, stride, out, *arguments):
     """Runs tests/storm.py; returns how often it has killed."""
-    result = run("tests/storm.py", mode, stride, out, *arguments, timeout=1200)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout)
+    return int(run("tests/storm.py", mode, stride, out, *arguments, timeout=1200).stdout)
 
 
 def same_result(a, b):
@@ -128,7 +126,6 @@ def test_a_dead_or_stalled_rank_is_named_and_torchrun_starts_again(
     out, script = tmp_path / "run", failing(tmp_path, what, rank, step, where)
     launcher = torchrun(2, "--max-restarts", 1, script)
     result = run(*launcher, *command(prepared, out, micro_batch_size=2, timeout=10))
-    assert result.returncode == 0, result.stderr
     expected = f"error: rank {1 - rank} lost another: before [a-z ]*{message}"
     assert re.search(expected, result.stderr), result.stderr
     assert close_weights(straight, out)
@@ -143,8 +140,8 @@ def with_small_files(limit, script, arguments):
     """Runs a program that can't write files of more than `limit` bytes, which stands for a full disk."""
     code = (f"import resource, sys, {script}\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
             f"{script}.main(sys.argv[1:])")
-    result = run("-c", code, *arguments)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    result = run("-c", code, *arguments, code=1)
+    assert result.stderr.count("\n") == 1, result.stderr
     return result.stderr
 
 
@@ -172,7 +169,7 @@ def test_a_full_disk_in_prepare_is_one_line_and_nothing_is_lost(tmp_path, worker
     call = arguments(corpus, tmp_path / "out", "--workers", workers)
     errors = with_small_files(60_000, "data", call)
     assert "File too large" in errors and "the same command goes on" in errors
-    assert run("data.py", *call).returncode == 0
+    run("data.py", *call)
     assert contents(tmp_path / "out") == contents(data.prepare(flags(corpus, tmp_path / "straight")))
 
 
@@ -181,15 +178,9 @@ def test_a_full_disk_in_prepare_is_one_line_and_nothing_is_lost(tmp_path, worker
 # ----------------------------------------------------------------------------------------------------------
 
 
-def change_sums(path, **changes):
-    """Has checksums.json say something else."""
-    sums = path.parent / "checksums.json"
-    data.write_json(sums, data.read_json(sums) | changes)
-
-
 def replace_by_step_6(path):
     shutil.copy(path.parent.with_name("checkpoint-6") / path.name, path)
-    change_sums(path, **{path.name: data.checksum(path)})
+    change_json(path.with_name("checksums.json"), **{path.name: data.checksum(path)})
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), [
@@ -199,7 +190,7 @@ def replace_by_step_6(path):
     ("merges.txt", os.unlink, "merges.txt does not have its checksum"),
     ("checksums.json", cut, "checksums.json"),
     ("checksums.json", os.unlink, "checksums.json"),
-    ("checksums.json", lambda path: change_sums(path, **{"../../../../etc/passwd": "0"}), "passwd"),
+    ("checksums.json", lambda path: change_json(path, **{"../../../../etc/passwd": "0"}), "passwd"),
     ("progress.json", replace_by_step_6, "it is step 6 of run"),
     ("checksums.json", lambda path: path.write_text("{}"), "config.json does not have its checksum"),
 ])
@@ -254,17 +245,17 @@ def test_a_second_run_is_refused_and_a_crashed_one_locks_nobody_out(prepared, tm
     assert "resuming at step" in capsys.readouterr().out and no_partial_file(out)
 
 
-def test_a_second_prepare_in_the_same_directory_is_refused(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus")
+def test_a_second_prepare_in_the_same_directory_is_refused(corpus, tmp_path):
     with data.locked(tmp_path / "out"):
-        result = run("data.py", *arguments(corpus, tmp_path / "out"))
-    assert result.returncode == 1 and f"in use by process {os.getpid()} on" in result.stderr
+        result = run("data.py", *arguments(corpus, tmp_path / "out"), code=1)
+    assert f"in use by process {os.getpid()} on" in result.stderr
     assert data.prepare(flags(corpus, tmp_path / "out"))
 
 
-@pytest.mark.parametrize("script", ["data", "train"])
-def test_ctrl_c_before_training_is_one_line_and_130(tmp_path, monkeypatch, capsys, script):
-    corpus, out, original = write_corpus(tmp_path / "corpus"), tmp_path / "out", data.TokenFiles.note
+@pytest.mark.parametrize(("main", "call"), [
+    (data.main, arguments), (train.main, lambda corpus, out: command(corpus, out, vocab_size=400))])
+def test_ctrl_c_before_training_is_one_line_and_130(corpus, tmp_path, monkeypatch, capsys, main, call):
+    out, original = tmp_path / "out", data.TokenFiles.note
 
     def note(self):
         original(self)
@@ -273,9 +264,6 @@ def test_ctrl_c_before_training_is_one_line_and_130(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(data.TokenFiles, "note", note)
     monkeypatch.setattr(data, "BLOCK_BYTES", 5000)
-    main, call = data.main, arguments(corpus, out)
-    if script == "train":
-        main, call = train.main, command(corpus, out, vocab_size=400)
-    errors = ends(main, call, 130, capsys)
+    errors = ends(main, call(corpus, out), 130, capsys)
     assert errors.startswith("interrupted; the same command goes on") and errors.count("\n") == 1
     assert data.read_json(next(out.rglob('manifest.json')))["jobs"] == 3

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import random
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, ends, holds_no_pickle, make_documents, run
+from helpers import ends, holds_no_pickle, make_documents, run, same
+from test_train import close_weights, interrupt_at, torchrun, weights
 
 import data
 import finetune
@@ -377,7 +379,6 @@ def test_ones_own_labels_are_learned_evaluated_and_predicted(tmp_path, model, en
     assert "the dev set is without labels, or some are missing: no metrics" in capsys.readouterr().out
     predicted = (tmp_path / "out" / "predictions.tsv").read_text().splitlines()[1:]
     assert [row.split("\t")[1] for row in predicted] == ['yes, "it" is', "no"]
-    (tmp_path / "new" / "dev.csv").write_text("text,label\nsun,maybe\n")
     (tmp_path / "new" / "dev.csv").write_text('text,text_b,label\nsun,mud,"YES, ""it"" is"\n')
     assert start(*new, tmp_path / "capitals", eval_only=True)["metrics"]["accuracy"] == 1
     (tmp_path / "new" / "dev.csv").write_text("text,label\nsun,maybe\n")
@@ -520,7 +521,8 @@ def test_windows_cover_the_passage_overlap_and_know_where_the_answer_is(tokenize
     begin = passage.index("café 🙂")
     # Of these gold answers only the last one stands where it says.
     golds = ((begin + 1, "café 🙂"), (-3, "end"), (begin, "café 🙂"))
-    items = head_for("squad2", seq_len=40).inputs([Example("q", "", ("What ?", passage), golds)], tokenizer)
+    example = Example("q", "", ("What ?", passage), golds)
+    items = list(head_for("squad2", seq_len=40).inputs([example], tokenizer))
     ids, offsets = tokenizer.encode_with_offsets(passage)
     question, seen = tokenizer.encode("What ?"), np.zeros(len(ids), dtype=int)
     for item in items:
@@ -542,7 +544,7 @@ def test_the_decision_is_the_best_span_of_all_windows_where_one_is_answerable(to
     passage = " ".join(f"w{i}" for i in range(40))
     head = head_for("squad2", seq_len=32, max_answer_tokens=3)
     examples = [Example("q", "", ("?", passage), ())]
-    items = head.inputs(examples, tokenizer)
+    items = list(head.inputs(examples, tokenizer))
     probabilities = np.zeros((len(items), 2, 33))
     for row, (sure, start_, end) in enumerate([(0.8, 0.2, 0.3), (0.3, 0.5, 0.9)]):  # as in `Spans`
         probabilities[row, :, 0] = sure
@@ -747,36 +749,19 @@ def test_race_is_learned_and_its_answers_written(tmp_path, model):
     assert (tmp_path / "run" / "RACE.tsv").read_text().splitlines() == truth
 
 
-def same_weights(a: Path, b: Path, tolerance: float = 0.0) -> bool:
-    a, b = (roberta.read_safetensors(path / "model.safetensors") for path in (a, b))
-    return a.keys() == b.keys() and all((a[key] - b[key]).abs().max() <= tolerance for key in a)
-
-
-def after_updates(counts, interrupt, monkeypatch) -> None:
-    """Calls `interrupt` after so many optimiser steps of this test."""
-    original, done = train.update, []
-
-    def update(training, rate):
-        done.append(original(training, rate))
-        if len(done) in counts:
-            interrupt()
-
-    monkeypatch.setattr(train, "update", update)
-
-
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.1, "precision": "bf16"}, {"precision": "fp16"}])
 def test_resuming_is_exact_to_the_bit(tmp_path, model, monkeypatch, capsys, changes):
     write_glue(tmp_path, "sst-2", (100, 20, 4))
     results = start("sst-2", tmp_path, model, tmp_path / "straight", **changes)
     again = command("sst-2", tmp_path, model, tmp_path / "resumed", **changes)
     # 13 steps an epoch: 13 and 26 are ends of epochs.
-    after_updates((3, 13, 26, 51), lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    interrupt_at(monkeypatch, 3, 13, 26, 51)
     for _ in range(4):
         ends(finetune.main, again, 128 + signal.SIGTERM, capsys)
     finish(again)
     resumed = json.loads((tmp_path / "resumed" / "results.json").read_text())
     assert {name for name in results if results[name] != resumed[name]} <= {"out", "run", "seconds"}
-    assert same_weights(tmp_path / "straight", tmp_path / "resumed")
+    assert same(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
 
 
 def test_a_run_ends_when_it_no_longer_improves_is_its_best_model_and_is_not_repeated(tmp_path, model, capsys):
@@ -811,13 +796,11 @@ def test_two_ranks_and_smaller_micro_batches_change_nothing_but_rounding(tmp_pat
     write_squad(tmp_path, 2, (61, 17))  # the last micro-batches leave one of the ranks without an example
     changes = {"epochs": 2, "peak_lr": 1e-3}
     alone = start("squad2", tmp_path, model, tmp_path / "1", **changes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     arguments = command("squad2", tmp_path, model, tmp_path / "2", **changes, micro_batch_size=2)
-    result = run(*launcher, ROOT / "finetune.py", *arguments, "--predict")
-    assert result.returncode == 0, result.stderr
+    run(*torchrun(2), "finetune.py", *arguments, "--predict")
     together = json.loads((tmp_path / "2" / "results.json").read_text())
     assert together["metrics"] == pytest.approx(alone["metrics"], abs=1e-4)
-    assert same_weights(tmp_path / "1", tmp_path / "2", 1e-4)
+    assert close_weights(tmp_path / "1", tmp_path / "2", 1e-4)
     assert (tmp_path / "2" / "na_prob.json").exists()
 
 
@@ -882,10 +865,14 @@ def test_a_sweep_interrupted_or_not_reports_median_and_spread_of_its_best_settin
     assert f"| {100 * median:.1f} ({100 * low:.1f} to {100 * high:.1f}, 3 seeds) |" in table
     assert "| 94.8 | 96.4 |" in table
 
-    def die():
-        raise KeyboardInterrupt
+    measure, calls = finetune.measure, itertools.count(1)
 
-    after_updates((20, 50), die, monkeypatch)  # in the second and in the third of six runs of 16 steps
+    def interrupted(*arguments):
+        if next(calls) in (3, 7):  # in the second and in the third of six runs of two epochs
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(finetune, "measure", interrupted)
     again = command("sst-2", tmp_path, model, tmp_path / "broken", **sweep)
     for _ in range(2):
         ends(finetune.main, again, 128 + signal.SIGINT, capsys)
@@ -894,6 +881,13 @@ def test_a_sweep_interrupted_or_not_reports_median_and_spread_of_its_best_settin
     finish(again)
     assert (tmp_path / "broken" / "results.md").read_text() == table
     assert all(path.stat().st_mtime_ns == before for path, before in done.items())  # not run again
+
+
+def test_a_sweep_of_a_single_setting_takes_it(tmp_path, model):
+    write_glue(tmp_path, "sst-2")
+    sweep = {"sweep": True, "sweep_batch_sizes": [4], "sweep_lrs": [2e-3], "seeds": 1, "epochs": 1}
+    results = start("sst-2", tmp_path, model, tmp_path / "out", **sweep)
+    assert (results["batch_size"], results["peak_lr"]) == (4, 2e-3)
 
 
 @pytest.mark.parametrize("task", ["rte", "squad2"])

@@ -8,9 +8,8 @@ import shutil
 import pytest
 import torch
 from helpers import PUBLISHED, make_documents
-from test_formats import CLOSE, CONFIG_OF_2019
+from test_formats import CLOSE, CONFIG_OF_2019, KINDS, padded_batch
 from test_formats import theirs as make_theirs
-from torch.nn import functional as F
 
 import data
 import roberta
@@ -22,8 +21,6 @@ ODD = dict(vocab_size=97, hidden_size=10, num_hidden_layers=3, num_attention_hea
 BASE = ODD | dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=2,
                   initializer_range=0.02)
 LARGE = BASE | dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
-KINDS = [RobertaForMaskedLM, RobertaForMultipleChoice, roberta.RobertaForSequenceClassification,
-         roberta.RobertaForQuestionAnswering]
 
 
 def needs_published(*names):
@@ -36,20 +33,6 @@ def needs_published(*names):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def twins(oracle, directory, kind=RobertaForMaskedLM, shape=ODD):
-    """A randomly initialised model of Hugging Face's, and ours opened from what it saved."""
-    scale = 0.1 if shape is ODD else 0.01  # the wide ones' sums must not grow beyond floats' 1e-5
-    theirs = make_theirs(oracle, directory, kind, scale, **shape)
-    return kind.from_pretrained(directory), theirs
-
-
-def padded_batch():
-    torch.manual_seed(1)
-    input_ids = torch.randint(4, 96, (3, 17))
-    input_ids[1, 9:], input_ids[2, 3:] = 1, 1
-    return input_ids, input_ids != 1
-
-
 def assert_same_gradients(ours, theirs):
     """After backward passes of both."""
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
@@ -58,26 +41,13 @@ def assert_same_gradients(ours, theirs):
         torch.testing.assert_close(gradient, expected[name], **CLOSE, msg=lambda text, name=name: name + text)
 
 
-def test_loss_and_gradients_equal_hugging_faces(oracle, tmp_path):
-    """As in pretraining: the head at predicted places only, the loss their mean."""
-    ours, theirs = twins(oracle, tmp_path)
-    input_ids, mask = padded_batch()
-    labels = torch.where((torch.rand(3, 17) < 0.4) & mask, input_ids, data.NOT_PREDICTED)
-    output = theirs(input_ids, attention_mask=mask.long(), labels=labels)
-    predicted = (labels.flatten() != data.NOT_PREDICTED).nonzero()[:, 0]
-    logits = ours(input_ids, mask, predicted=predicted)
-    loss = F.cross_entropy(logits, labels.flatten()[predicted], reduction="sum") / len(predicted)
-    torch.testing.assert_close(loss, output.loss, **CLOSE)
-    loss.backward()
-    output.loss.backward()
-    assert_same_gradients(ours, theirs)
-
-
 @pytest.mark.parametrize("shape", [ODD, BASE, LARGE], ids=["odd", "base", "large"])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS[:4], ids=lambda kind: kind.__name__)  # all but RobertaForPreTraining
 def test_every_model_equals_hugging_faces(oracle, tmp_path, kind, shape):
     """Logits, the hidden states of all layers, and gradients."""
-    ours, theirs = twins(oracle, tmp_path, kind, shape)
+    scale = 0.1 if shape is ODD else 0.01  # the wide ones' sums must not grow beyond floats' 1e-5
+    theirs = make_theirs(oracle, tmp_path, kind, scale, **shape)
+    ours = kind.from_pretrained(tmp_path)
     input_ids, mask = padded_batch()
     given, attention_mask = input_ids, mask
     if kind is RobertaForMultipleChoice:
@@ -99,28 +69,21 @@ def test_every_model_equals_hugging_faces(oracle, tmp_path, kind, shape):
 
 
 WORDS = {"vocab_size": 50265, "max_position_embeddings": 514}  # roberta-base's; its other sizes are cut
-LATER = {"model_type": "roberta", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 
 
 @needs_published("roberta_base/tokenizer.json")
-@pytest.mark.parametrize(("added", "weights"), [({}, "pytorch_model.bin"), (LATER, "model.safetensors")])
-def test_roberta_base_with_its_published_tokenizer(oracle, tmp_path, added, weights):
+def test_roberta_base_as_it_was_published(oracle, tmp_path):
     theirs = make_theirs(oracle, tmp_path, **ODD | WORDS)
     shutil.copytree(PUBLISHED / "roberta_base", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG_OF_2019 | ODD | WORDS | added))
-    if weights == "pytorch_model.bin":
-        (tmp_path / "model.safetensors").unlink()
-        torch.save(theirs.state_dict(), tmp_path / weights)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_OF_2019 | ODD | WORDS))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     model, tokenizer = RobertaForMaskedLM.from_pretrained(tmp_path), data.Tokenizer.from_pretrained(tmp_path)
     input_ids = model.encode(["Hello world!", "Hello"], tokenizer)
     assert input_ids.tolist() == [[0, 31414, 232, 328, 2], [0, 31414, 2, 1, 1]]
     real = input_ids != 1
     expected = theirs(input_ids, attention_mask=real.long()).logits
     torch.testing.assert_close(model(input_ids)[real], expected[real], **CLOSE)
-    model.save_pretrained(tmp_path / "saved", tokenizer)
-    text = "The capital of France is<mask>."
-    pipeline = oracle("transformers").pipeline("fill-mask", str(tmp_path / "saved"))
-    assert [x["token"] for x in pipeline(text)] == [x["token"] for x in model.fill_mask(text, tokenizer)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -175,20 +138,23 @@ def mixed_text(size):
     return "".join(pieces)
 
 
-def hugging_face_encoding(oracle, tokenizer, directory, text):
-    """What Hugging Face's byte-level BPE makes of plain text, special tokens not looked for."""
+def assert_same_ids_and_offsets(oracle, tokenizer, directory, text):
+    """As Hugging Face's byte-level BPE has them of plain text, special tokens not looked for."""
     tokenizers = oracle("tokenizers")
     tokenizer.save_pretrained(directory)
     model = tokenizers.models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     theirs = tokenizers.Tokenizer(model)
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return theirs.encode(text)
+    expected = theirs.encode(text)
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    assert ids.tolist() == expected.ids == tokenizer.encode(text)
+    assert offsets.tolist() == [list(pair) for pair in expected.offsets]
 
 
-def test_ids_equal_hugging_faces_with_our_merges(oracle, tmp_path):
+def test_ids_and_offsets_equal_hugging_faces_with_our_merges(oracle, tmp_path):
     text = mixed_text(300_000)
     tokenizer = data.train_bpe([text[:100_000], *make_documents(50)], 1500)
-    assert tokenizer.encode(text) == hugging_face_encoding(oracle, tokenizer, tmp_path, text).ids
+    assert_same_ids_and_offsets(oracle, tokenizer, tmp_path, text)
 
 
 @needs_published("gpt2_bpe/vocab.bpe", "roberta_base/tokenizer.json")
@@ -199,10 +165,7 @@ def test_ids_and_offsets_equal_hugging_faces_with_the_published_merges(oracle, t
     assert tokenizer.vocab_size == 50265 and tokenizer.mask_id == 50264
     assert data.join(tokenizer.encode_to_numpy("Hello world!")).tolist() == [0, 31414, 232, 328, 2]
     text = mixed_text(size)
-    encoding = hugging_face_encoding(oracle, tokenizer, tmp_path, text)
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    assert ids.tolist() == encoding.ids == tokenizer.encode(text)
-    assert offsets.tolist() == [list(pair) for pair in encoding.offsets]
+    assert_same_ids_and_offsets(oracle, tokenizer, tmp_path, text)
     published = PUBLISHED / "roberta_base"
     assert data.Tokenizer.from_pretrained(published).fingerprint == tokenizer.fingerprint
     plain = text[:200_000].replace("</s>", "").replace("<mask>", "")
@@ -228,17 +191,3 @@ def test_hugging_faces_tokenizer_of_our_files(oracle, tmp_path, use_fast):
     assert special == (data.BOS, data.PAD, data.EOS, data.UNK) and theirs.mask_token_id == ours.mask_id
     theirs.save_pretrained(tmp_path / "theirs")  # and back
     assert data.Tokenizer.from_pretrained(tmp_path / "theirs").fingerprint == ours.fingerprint
-
-
-def test_offsets_cover_what_hugging_faces_do(oracle, tmp_path):
-    ours = data.train_bpe(make_documents(200), 600)
-    ours.save_pretrained(tmp_path)
-    theirs = oracle("transformers").AutoTokenizer.from_pretrained(tmp_path, use_fast=True)
-    texts = [*make_documents(20, seed=1), "naïve café – “quoted” Łódź", "日本語、東京。 🙂🙂", "a\n\n  b \t"]
-    for text in texts:
-        ids, offsets = ours.encode_with_offsets(text)
-        found = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
-        assert found["input_ids"] == ids.tolist()
-        for (a, b), (begin, end) in zip(offsets, found["offset_mapping"]):
-            assert text[a:b].strip() == text[begin:end].strip()  # theirs leave the space before a word out
-            assert not text[a:b].strip() or a + len(text[a:b]) - len(text[a:b].lstrip()) == begin
