@@ -17,10 +17,11 @@ without dropout, more ranks or smaller micro-batches change nothing but rounding
 
 Part I is what the paper says; Part II is ranks, checkpoints, logs and the ways in which a run ends. What Part
 I needs of it: `Ranks` says which of the processes this is, and has `meet`, where all wait for all, and `sum`,
-a sum over all; `Progress` says where a run stands; `open_data`, `settle`, `make_batches` and
-`begin_pretraining` make the parts of a run; `log`, `log_result`, `show_place`, `plot_log`, `save` and
-`finish` show and write; `stop_signals` and `stop_asked` notice that the run is to end; `held_by_first_rank`
-keeps others out of the directory. `DIFFERS:` tags a departure from the paper, `CHOICE:` what it leaves open.
+a sum over all, and `autocast`, which computes products in 16 bits; `to_tensor` takes an array to the device;
+`Progress` says where a run stands; `open_data`, `settle`, `make_batches` and `begin_pretraining` make the
+parts of a run; `log`, `log_result`, `show_place`, `plot_log`, `save` and `finish` show and write;
+`stop_signals`, `stop_asked` and `end_after_signal` end a run that is told to; `held_by_first_rank` keeps
+others out of the directory. `DIFFERS:` tags a departure from the paper, `CHOICE:` what it leaves open.
 Legend: B micro-batch, T tokens, M predicted places, V vocabulary; C, F and H as in roberta.py. A rank is one
 of the processes of a run.
 """
@@ -68,7 +69,7 @@ from roberta import RobertaConfig, RobertaForMaskedLM, RobertaForPreTraining, Ro
 # Each field is a flag of the command line, too (data.py, `flag`): default, meaning, source, and the group in
 # which --help shows it. `may_change`: a second start, which resumes the run, may give another value.
 recipe = functools.partial(flag, group="recipe (Table 9)")
-shape = functools.partial(flag, group="model")
+of_model = functools.partial(flag, group="model")
 machine = functools.partial(flag, group="machine and files")
 
 
@@ -92,7 +93,7 @@ class RunConfig:
     micro_batch_size: int | None = machine(None, "sequences a pass; none: up to 32", low=1, may_change=True)
     log_interval: int = machine(100, "steps between log lines", low=1, may_change=True)
     checkpoint_interval: int = machine(2000, "steps between checkpoints", low=1, may_change=True)
-    keep: int = machine(2, "newest checkpoints kept, beside the best one", low=1, may_change=True)
+    keep: int = machine(2, "newest checkpoints kept, and the one evaluated best", low=1, may_change=True)
     timeout: float = machine(600.0, "seconds that ranks wait for another", low=1, high=1e7, may_change=True)
 
 
@@ -115,11 +116,11 @@ class TrainConfig(RunConfig):
     mlm_probability: float = recipe(0.15, "share of tokens predicted", "§2", low=1e-9, high=0.99)
     unigram_bias: bool = recipe(False, "the LM head's bias begins at the logs of the tokens' shares")
     input_format: data.InputFormat = recipe("full-sentences", "what a sequence is", "§4.2")
-    vocab_size: int = shape(50265, "units, where --data is text", "§4.4", low=261, may_change=True)
-    hidden_size: int | None = shape(None, "width; none: the preset's", low=1)
-    num_hidden_layers: int | None = shape(None, "none: the preset's", low=1)
-    num_attention_heads: int | None = shape(None, "none: the preset's", low=1)
-    intermediate_size: int | None = shape(None, "of the feed-forward layer; none: the preset's", low=1)
+    vocab_size: int = of_model(50265, "units, where --data is text", "§4.4", low=261, may_change=True)
+    hidden_size: int | None = of_model(None, "width; none: the preset's", low=1)
+    num_hidden_layers: int | None = of_model(None, "none: the preset's", low=1)
+    num_attention_heads: int | None = of_model(None, "none: the preset's", low=1)
+    intermediate_size: int | None = of_model(None, "of the feed-forward layer; none: the preset's", low=1)
     eval_interval: int = machine(2000, "steps between evaluations", low=1, may_change=True)
     eval_sequences: int = machine(4096, "held-out sequences read, at most", low=1, may_change=True)
     compile: bool | None = machine(None, "compile the model; none: on a GPU", may_change=True)
@@ -196,12 +197,13 @@ def model_config(config: TrainConfig, vocab_size: int, initial: RobertaConfig | 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """Returns Adam with decoupled weight decay, one fused kernel for all parameters (§2, §3, Table 9)."""
     # Adam divides each gradient by the root of its running second moment. Decay written as an L2 term of the
-    # loss would be divided, too: a weight with large gradients would hardly decay. BERT and RoBERTa therefore
-    # shrink the weights beside Adam's step ("decoupled", AdamW), by lr * weight_decay. RoBERTa's code decays
-    # every parameter, LayerNorms and biases too; BERT's exempts these.
+    # loss would be divided, too: a weight with large gradients would hardly decay. The paper says L2 (§2),
+    # but BERT's and RoBERTa's code shrinks the weights beside Adam's step ("decoupled", AdamW), by lr *
+    # weight_decay. RoBERTa's decays every parameter, LayerNorms and biases too; BERT's exempts these.
     #
-    # beta2 = 0.98 averages squared gradients over some 50 steps instead of 1,000: with large batches
-    # gradients are less noisy, and a scale that lags behind makes steps too long when gradients grow (§3).
+    # beta2 = 0.98 is more stable with large batches (§3). It averages squared gradients over some 50 steps
+    # instead of 1,000: large batches have less noise to average away, and a scale that lags behind makes
+    # steps too long when gradients grow.
     # Epsilon keeps steps short where the second moment is almost 0; training is very sensitive to it (§3).
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(model.parameters(), config.peak_lr, betas, config.adam_eps, config.weight_decay,
@@ -221,7 +223,7 @@ def learning_rate(step: int, peak_lr: float, warmup_steps: int, max_steps: int) 
         return peak_lr * (step + 1) / warmup_steps
     # 2. Decay: the smaller the steps, the less the weights jitter around a minimum. It is 0 after the last
     # step.
-    return peak_lr * (max_steps - step) / max(1, max_steps - warmup_steps)
+    return peak_lr * (max_steps - step) / (max_steps - warmup_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -269,7 +271,7 @@ def perplexity(loss: float) -> float:
 # One step: accumulation (§4.3) and mixed precision (§3)
 # ----------------------------------------------------------------------------------------------------------
 
-MAX_SKIPPED = 20  # steps without finite gradients in a row: more of them will not mend what is wrong
+MAX_SKIPPED = 20  # steps in a row without finite gradients, after which a run gives up
 
 
 @dataclass
@@ -401,7 +403,8 @@ def update(training: Training, rate: float) -> None:
     progress.skipped_in_a_row = 0 if is_finite else progress.skipped_in_a_row + 1
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         raise FloatingPointError(f"no finite gradient in {MAX_SKIPPED} steps to {progress.step}; use another "
-                                 f"--out and a lower --peak-lr than {rate:g}, or --precision fp32 or bf16")
+                                 f"--out and a lower --peak-lr than {training.config.peak_lr:g}, or "
+                                 "--precision fp32 or bf16")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -420,8 +423,9 @@ def log_shares(unigram: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict[str, float]:
-    """Returns held-out loss and perplexity, of the predicted tokens the shares that are the first guess or
-    among the first five, and the unigram baseline. (One in ten of these stands there unmasked, §2.)
+    """Returns the loss and perplexity on held-out text, the unigram baseline's perplexity, and for which
+    share of the predicted tokens the right one is the first guess, or among the first five. (One predicted
+    token in ten stands there unmasked, §2.)
 
     All ranks share the work. unigram: (V,) how often each token occurs in the training text.
     """
@@ -432,8 +436,8 @@ def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict
     # Predictions, loss, baseline's loss, right first guesses, right ones among five.
     sums = torch.zeros(5, dtype=torch.float64)
     with evaluating(model), ranks.autocast():
-        # The masks are fixed, the same in every evaluation of every run on the same data in sequences of one
-        # length (`make_batches` gives them a seed of their own), so that any two compare.
+        # The masks are fixed, by a seed of their own (`make_batches`): runs on the same data compare if they
+        # have the same --seq-len, --mlm-probability and --eval-sequences.
         for batch in held_out.held_out(training.config.eval_sequences):
             logits, _ = model_outputs(model, batch, ranks.device)
             labels = torch.from_numpy(batch.labels)
@@ -446,7 +450,8 @@ def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict
     # Sums over all ranks, then one division: a mean of the ranks' means would weigh short shares too much.
     count, loss, baseline, right, among_five = ranks.sum(sums, "the held-out losses").tolist()
     if count == 0:
-        raise ValueError("the held-out split has no token to predict; prepare more text or raise --held-out")
+        raise ValueError("the held-out split has no token to predict; prepare more text, or more of "
+                         "it for this: data.py prepare --held-out")
     return {"eval_loss": loss / count, "eval_perplexity": perplexity(loss / count),
             "unigram_perplexity": perplexity(baseline / count), "masked_accuracy": right / count,
             "masked_top5_accuracy": among_five / count}
@@ -469,7 +474,7 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
         training, fingerprint = begin_pretraining(config, shape, corpus, ranks)
         progress = training.progress
         losses_of = functools.partial(loss_sums, device=ranks.device)
-        # Step 1 begins where one step has been read: that is how much of the data a step reads, in epochs.
+        # Steps count from 0: what step 1 has behind it is what one step reads, in epochs.
         epochs_per_step = batches.step(1).epoch
         result = {}  # of the newest evaluation
         # What a model from elsewhere knows of this text before it has read any: step 0, for comparison.
@@ -494,7 +499,8 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
                 # Held-out text, beside the training loss: the one that says what was learned.
                 if must_evaluate:
                     result = log_result(training, out, evaluate(training, held_out, corpus.unigram))
-                    progress.note_result(result, -result["eval_loss"])
+                    if must_save:  # the best of those that will have a checkpoint
+                        progress.note_result(result, -result["eval_loss"])
                 if must_save:
                     save(training, out, corpus.tokenizer, fingerprint)
                     plot_log(out, f"RoBERTa {config.preset}", ranks)
@@ -507,7 +513,7 @@ def pretrain(config: TrainConfig) -> dict[str, Any]:
 # Part II: the machinery
 # ----------------------------------------------------------------------------------------------------------
 
-GO_ON = "the same command goes on from the last checkpoint"
+GO_ON = "the same command goes on from the last checkpoint, if there is one"
 
 # ----------------------------------------------------------------------------------------------------------
 # Ranks and precision
@@ -603,7 +609,8 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap
+        # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap, and where that is too much up to 32 MB,
+        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end is kept, up to 2 GB
 
 
@@ -625,10 +632,12 @@ def micro_batch_size(config: RunConfig, world_size: int, most: float = 32) -> in
     return config.micro_batch_size or max(sizes, default=1)
 
 
-# The estimate below beside the peaks of two steps, in GB: fp32 on two cores with torch 2.13, `sequences` at
-# once of T tokens each. In 16 bits the last but one is 11.9 of 11.6. On a GPU it is counted, not measured.
+# The peak memory of two steps, and behind it what is estimated below, in GB: fp32 on two cores with torch
+# 2.13, `sequences` at once of T tokens each. In 16 bits BASE of 12 layers, 8 sequences, has a peak of 11.9,
+# and 11.6 are estimated. On a GPU the terms are counted, not measured.
 #
 #     model, layers    T   sequences      dropout 0.1          none
+#                                       peak estimate     peak estimate
 #     tiny       2    512      16        0.75   1.00       0.47   0.58
 #     BASE       2    128      16        2.26   2.43       2.13   2.12
 #     BASE       2    512       8        3.29   3.97       2.64   2.61
@@ -652,9 +661,9 @@ def memory_needed(config: TrainConfig, shape: RobertaConfig, ranks: Ranks) -> tu
         parameters = RobertaForMaskedLM(shape).num_parameters()
     fixed = 16 * parameters + 12 * V * C + 3e8
 
-    # What a block keeps of a token for its backward pass: the inputs of its matrices, C for queries, keys and
-    # values, C for out_proj, C for ffn_in and F for ffn_out; these three, 3C, and GELU's input, F; the noise
-    # of two dropouts, 2C; and the inputs of its two LayerNorms, which are in 32 bits always.
+    # What a block keeps of a token for its backward pass: the inputs of its matrices, C for the three of
+    # attention together, C for out_proj, C for ffn_in and F for ffn_out; queries, keys and values, 3C; GELU's
+    # input, F; the noise of two dropouts, 2C; and the inputs of its two LayerNorms, always in 32 bits.
     token, slack = size * (8 * C + 2 * F) + 8 * C, 1.15
     # On a CPU no fused kernel drops attention weights: then they are there three times, before, after and as
     # the noise, in 32 bits, and the C library's heap (`keep_freed_memory`) has larger holes.
@@ -681,7 +690,7 @@ def free_memory(ranks: Ranks) -> float:
 
 
 def compiled(model: nn.Module, device: torch.device, has_one_shape: bool) -> nn.Module:
-    """Returns the model compiled; as it is where this machine lacks what that takes, and says so.
+    """Returns the model compiled; where this machine has no compiler, says so and returns it as it is.
 
     A compiler fuses what stands between the matrix products, additions, GELU, dropout and LayerNorm, into
     few kernels, each of which reads and writes memory once.
@@ -730,20 +739,21 @@ def open_data(config: TrainConfig, directory: Path) -> tuple[Corpus, Corpus, Rob
     """
     # What is wrong with a model from elsewhere shows before a text is prepared for it.
     initial = initial_shape(config) if config.init_from else None
+    # Once there is a checkpoint, the run has the tokenizer itself.
+    source = config.out if config.init_from and checkpoints(Path(config.out)) else config.init_from
     given, texts = Path(config.data or "."), (config.data,) if config.data else ()
     if texts and (given / "manifest.json").exists():
         directory = given
     elif ranks_of_environment()[0] == 0:
-        data.prepare(data.PrepareConfig(texts, str(directory), config.vocab_size, config.init_from))
-    ranks = set_up(config)
-    # Corpus refuses what is not whole. One rank compares the checksums: all read the same files.
-    corpus, held_out = Corpus(directory), Corpus(directory, "heldout")
-    if ranks.rank == 0:
-        corpus.verify()
-        held_out.verify()
+        data.prepare(data.PrepareConfig(texts, str(directory), config.vocab_size, source))
+    # One rank compares the checksums, as all read the same files. The others wait in `set_up`, without limit.
+    if ranks_of_environment()[0] == 0:
+        for split in data.SPLITS:
+            Corpus(directory, split).verify()
+    ranks, corpus, held_out = set_up(config), Corpus(directory), Corpus(directory, "heldout")
     # An id must mean to the model what it means in the text.
     found = corpus.tokenizer.fingerprint
-    if initial and (wanted := Tokenizer.from_pretrained(config.init_from).fingerprint) != found:
+    if initial and (wanted := Tokenizer.from_pretrained(source).fingerprint) != found:
         raise ValueError(f"{directory} is prepared with vocabulary {found}, and {config.init_from} has "
                          f"{wanted}; give the text itself as --data, or prepare it with --tokenizer")
     return corpus, held_out, model_config(config, corpus.vocab_size, initial), ranks
@@ -806,7 +816,7 @@ def begin_pretraining(config: TrainConfig, shape: RobertaConfig, corpus: Corpus,
                       ranks: Ranks) -> tuple[Training, str]:
     """Returns what the run trains with, where it stands, and the run's fingerprint."""
     out = Path(config.out)
-    # All that the result depends on is written down, so that a second start can be told from another run.
+    # What the run is gets written down, so that going on with it can be told from starting another.
     described = {"flags": asdict(config), "model": asdict(shape), "data": {"fingerprint": corpus.fingerprint}}
     fingerprint = claim_directory(out, described, config, ranks)
     is_pairs = config.input_format in data.PAIR_FORMATS
@@ -821,7 +831,7 @@ def begin_pretraining(config: TrainConfig, shape: RobertaConfig, corpus: Corpus,
 
 def initial_model(config: TrainConfig, shape: RobertaConfig, kind: type[RobertaForMaskedLM]) -> Any:
     """Returns the model as it is before the first step, the same on every rank."""
-    # Drawn is a new model, or the head of one that lacks it.
+    # The seed is for a new model, or for a head that the files lack.
     torch.manual_seed(config.seed)
     # Where there is a checkpoint, `resume` will give the weights.
     if config.init_from is None or checkpoints(Path(config.out)):
@@ -845,7 +855,8 @@ def evaluate_only(config: TrainConfig) -> dict[str, Any]:
         if ranks_of_environment()[0] == 0:
             at_the_end.callback(shutil.rmtree, scratch)
         corpus, held_out, shape, ranks = open_data(config, scratch / "data")
-        config = settle(config, shape, ranks)
+        # Nothing is trained, so any number of ranks will do: each has a batch of its own.
+        config = settle(replace(config, batch_size=config.batch_size * ranks.world_size), shape, ranks)
         _, batches = make_batches(config, corpus, held_out, ranks)
         model = initial_model(config, shape, RobertaForMaskedLM)
         training = begin(replace(config, compile=False), ranks, model)
@@ -915,7 +926,7 @@ def show_filled_masks(model: RobertaForMaskedLM, corpus: Corpus, count: int = 5)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Checkpoints: why a rename is all
+# Checkpoints: why a rename is enough
 # ----------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -934,7 +945,7 @@ class Progress:
 
     def note_result(self, result: dict[str, float], score: float) -> bool:
         """Notes an evaluation; returns whether it is the best so far. A score may be NaN."""
-        # Equal is not better: of two equal evaluations the earlier one's model has trained less.
+        # Equal is not better: of two equal evaluations the earlier one is kept, which took less training.
         is_best = self.best is None or score > self.best
         if is_best:
             self.best = score if math.isfinite(score) else None
@@ -999,11 +1010,11 @@ def run_before(out: Path) -> dict[str, Any]:
 def claim_directory(out: Path, described: dict[str, dict], config: RunConfig, ranks: Ranks) -> str:
     """Writes run.json, or where it is there already, refuses a run that would not continue it.
 
-    Returns the run's fingerprint, of all that its result depends on; checkpoints have it, too.
-    Raises: ValueError with both values, for the first that differs; or where `out` holds something else.
+    Returns the run's fingerprint, of all that may not change; checkpoints have it, too.
+    Raises: ValueError with both values, for the first that differs.
     """
-    # A second start may change what leaves the result alone, such as where checkpoints are kept and how
-    # often, and the length of the schedule.
+    # A second start may change what leaves the result alone, such as how often checkpoints are written. It
+    # may also change the length of the schedule and the micro-batch, which do not.
     fixed = json.loads(json.dumps(described))  # as it will be read back
     for name in data.may_change(config):
         fixed["flags"].pop(name, None)
@@ -1012,7 +1023,8 @@ def claim_directory(out: Path, described: dict[str, dict], config: RunConfig, ra
         for name, value in values.items():
             if (found := before.get(part, {}).get(name)) != value:
                 way = f"; to go on from its weights: --init-from {out} --out NEW" if part == "flags" else ""
-                raise ValueError(f"{out} holds a run with {name} {found}, this one has {value}; choose "
+                what = f"{part} {name}" if name == "fingerprint" else name
+                raise ValueError(f"{out} holds a run with {what} {found}, this one has {value}; choose "
                                  f"another --out, or delete it to start over{way}")
     ranks.meet("the beginning of the run")  # all have looked
     if ranks.rank == 0 and before is fixed:
@@ -1210,7 +1222,7 @@ def stop_signals() -> Iterator[list[int]]:
     numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         numbers.remove(signal.SIGHUP)
-    # A handler that only notes: the step at hand ends, and the loop looks after it.
+    # A handler that only notes: the step at hand is finished, then the loop looks at the list.
     received: list[int] = []
     with contextlib.ExitStack() as at_the_end:
         for number in numbers:

@@ -43,6 +43,8 @@ def tasks(session: Session) -> list[tuple[str, str, Path]]:
     found = [("word_order", "sst-2", word_order(session))]
     for folder in ("SST-2", "QNLI") if session.options.glue else ():
         source, cut = Path(session.options.glue) / folder, session.data / f"{folder}-{session.options.scale}"
+        if not source.is_dir():
+            continue
         cut.mkdir(parents=True, exist_ok=True)
         for name in ("train.tsv", "dev.tsv"):
             rows = (source / name).read_text(encoding="utf-8").split("\n")[: EXAMPLES[session.options.scale]]

@@ -211,7 +211,12 @@ def run(study: Study, session: Session, cell: Cell, flags: Flags, seed: int) -> 
     finished = data.read_json(path) if path.exists() else {}
     if finished.get("flags") == described:
         return finished["record"]
-    run_script(session, "train.py", flags, Path(f"{out}.log"))
+    try:
+        run_script(session, "train.py", flags, Path(f"{out}.log"))
+    except ValueError:
+        if not study.tuned or seed > 0:
+            raise
+        return {**cell, "seed": seed, "eval_perplexity": None}  # a rate that is too high for it
     record = {**cell, "seed": seed, **data.read_json(out / "results.json")}
     record |= study.measure(session, record, out)
     data.write_json(path, {"flags": described, "record": record})
@@ -397,7 +402,7 @@ def main(study: Study, about: str) -> None:
     parser = argparse.ArgumentParser(f"{study.name}.py", description=about, formatter_class=as_it_stands)
     parser.add_argument("--scale", choices=list(SCALES), default="smoke", help="how large; default: smoke")
     parser.add_argument("--corpus", nargs="+", default=[], help="text; none: the documentation installed")
-    parser.add_argument("--glue", help="folder with SST-2 and QNLI, for the studies that fine-tune")
+    parser.add_argument("--glue", help="folder with SST-2 and perhaps QNLI, for the studies that fine-tune")
     parser.add_argument("--second-language", help="a text file, for text_encoding")
     parser.add_argument("--out", default="runs/studies", help="keeps runs and data; default: %(default)s")
     parser.add_argument("--results", help="where table and figure go; none: --out")
@@ -408,6 +413,8 @@ def main(study: Study, about: str) -> None:
     options = parser.parse_args()
     if options.jobs < 1 or options.seeds < 0:
         parser.error(f"--jobs {options.jobs} must be at least 1, --seeds {options.seeds} at least 0")
+    if options.glue and not Path(options.glue, "SST-2").is_dir():
+        parser.error(f"--glue {options.glue} has no SST-2 in it")
     scale = replace(SCALES[options.scale], **study.changes.get(options.scale, {}))
     scale = replace(scale, seeds=options.seeds or scale.seeds)
     out = Path(options.out)

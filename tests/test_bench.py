@@ -104,7 +104,9 @@ def test_shares_hold_the_same_documents_out(smoke):
 
 
 def test_bad_flags(tmp_path):
-    for flags, code, message in ((["--jobs", "0"], 2, "--jobs 0"), (["--corpus", "no.txt"], 1, "no.txt")):
+    cases = ((["--jobs", "0"], 2, "--jobs 0"), (["--corpus", "no.txt"], 1, "no.txt"),
+             (["--glue", "no"], 2, "no has no SST-2"))
+    for flags, code, message in cases:
         failed = run("bench/masking.py", *flags, "--out", tmp_path, code=code)
         assert message in failed.stderr and "Traceback" not in failed.stderr
 

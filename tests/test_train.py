@@ -355,7 +355,7 @@ def test_text_is_prepared_on_the_way_and_found_again(prepared, tmp_path, capsys)
         changes = {"vocab_size": 400, "max_steps": steps}
         results = train.pretrain(config(tmp_path / "a.txt", tmp_path / "run", **changes))
     assert results["steps"] == 4 and "run/data is prepared already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds a run with .*fingerprint .*, this one has"):
+    with pytest.raises(ValueError, match="holds a run with data fingerprint .*, this one has"):
         train.pretrain(config(prepared, tmp_path / "run", **changes))
 
 
@@ -420,7 +420,7 @@ def test_a_run_from_weights_resumes_from_its_own(straight, prepared, tmp_path, m
     shutil.copytree(straight, tmp_path / "model")
     going_on_from(tmp_path / "model", prepared, tmp_path / "straight")
     stopped_at(monkeypatch, 3, train.parse(going_on(tmp_path / "model", prepared, tmp_path / "run")))
-    (tmp_path / "model" / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "model")  # it has been taken over
     evaluations = going_on_from(tmp_path / "model", prepared, tmp_path / "run")
     assert [line["step"] for line in evaluations] == [0, 4]
     assert same(weights(tmp_path / "straight"), weights(tmp_path / "run"))
