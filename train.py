@@ -441,7 +441,7 @@ def evaluate(training: Training, held_out: Batches, unigram: np.ndarray) -> dict
         for batch in held_out.held_out(training.config.eval_sequences):
             logits, _ = model_outputs(model, batch, ranks.device)
             labels = torch.from_numpy(batch.labels)
-            loss = F.cross_entropy(logits.float().cpu(), labels, reduction="sum")
+            loss = F.cross_entropy(logits.float(), labels.to(ranks.device), reduction="sum").cpu()
             is_right = logits.topk(5).indices.cpu() == labels[:, None]  # (M, 5), the best guess first
             # What fills up the batch has label -100: it counts neither here nor in the loss.
             labels = labels[labels >= 0]

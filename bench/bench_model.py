@@ -74,6 +74,7 @@ def our_step(model: RobertaForMaskedLM, batch: Batch, precision: str, compiled: 
     losses, counts = functools.partial(train.loss_sums, device=DEVICE), [len(batch.labels)]
 
     def step() -> None:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as `set_up` has it: the other contestants turn it on
         train.accumulate(training, [batch], losses, counts)
         train.update(training, 1e-4)
 
@@ -91,6 +92,7 @@ def their_step(directory: Path, batch: Batch, labels: np.ndarray, precision: str
     called = torch.compile(model) if compiled else model
 
     def step() -> None:
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, which train.py changes
         input_ids, attention_mask, targets = (torch.from_numpy(array).to(DEVICE) for array in arrays)
         with torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32"):
             loss = called(input_ids=input_ids, attention_mask=attention_mask, labels=targets).loss
@@ -114,6 +116,7 @@ if ON_GPU:
 @pytest.mark.parametrize("size", STEPS)
 def test_pretraining_step(benchmark, tmp_path, size, precision):
     """Forward, backward, optimiser; the batch is handed over anew in every turn."""
+    torch.compiler.reset()  # a second shape in one process would be compiled for any shape
     changes, on_cpu, on_gpu, seq_len = STEPS[size]
     batch_size = 1 if QUICK else on_gpu if ON_GPU else on_cpu
     contestants = {}

@@ -180,7 +180,8 @@ def processor() -> str:
 def machine() -> dict[str, str]:
     """Returns what a figure depends on beside the code: date, commit, hardware, versions."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    found = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    commit = found or os.environ.get("BENCH_COMMIT")  # a copy of the files may come without git's
     device = torch.cuda.get_device_name() if ON_GPU else f"{data.cores()} CPU cores ({processor()})"
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit or "unknown", "machine": device,
             "torch": torch.__version__, "python": platform.python_version()}

@@ -78,12 +78,12 @@ def test_second_call_repeats_nothing(smoke):
     before, runs = files(), records(smoke, "masking")
     archive = smoke / "out/results.tar.gz"
     archive.unlink()
-    (smoke / "out/masking.done").unlink()
-    assert "done so far: batch_size.done" in call_gpu_sh(smoke).stdout
+    (smoke / "out/masking-smoke.done").unlink()
+    assert "all is done; done so far: base128-smoke.done" in call_gpu_sh(smoke).stdout
     assert files() == before and records(smoke, "masking") == runs
     with tarfile.open(archive) as packed:
         names = {Path(name).name for name in packed.getnames()}
-    assert {"model-smoke.json", "train-smoke.md", *(f"{name}-smoke.png" for name in STUDIES)} <= names
+    assert {"tiny-smoke.json", "train-smoke.md", *(f"{name}-smoke.png" for name in STUDIES)} <= names
 
 
 @pytest.mark.slow
@@ -91,7 +91,9 @@ def test_what_fails_is_not_done(tmp_path):
     (tmp_path / "text.txt").write_text("too little")
     failed = call_gpu_sh(tmp_path, "masking")
     assert failed.returncode == 1 and "masking ended with 1" in failed.stderr
-    assert not (tmp_path / "out/masking.done").exists()
+    assert not (tmp_path / "out/masking-smoke.done").exists()
+    again = call_gpu_sh(tmp_path, "masking")
+    assert again.returncode == 1 and "masking ended" not in again.stderr and "left alone" in again.stderr
 
 
 @pytest.mark.slow
