@@ -137,7 +137,7 @@ def tiny() -> TrainConfig:
     shares in the text: so the run begins on that plateau.
     """
     return TrainConfig(preset="tiny", vocab_size=4096, batch_size=32, seq_len=64, peak_lr=3.6e-3,
-                       adam_beta2=0.99, unigram_bias=True, max_steps=7000, warmup_steps=500,
+                       adam_beta2=0.99, unigram_bias=True, max_steps=7200, warmup_steps=500,
                        eval_interval=500, eval_sequences=2048, checkpoint_interval=1000)
 
 
