@@ -144,8 +144,8 @@ def tiny() -> TrainConfig:
 def small() -> TrainConfig:
     """A night on two cores, less where they multiply bf16, and an hour on one GPU.
 
-    CHOICE: batch and rate were tried on 22,400 sequences each (bench/results/small.json): with twice the rate
-    it stays on the plateau, with half of it it learns less, and half or twice the batch are no better.
+    CHOICE: batch and rate were tried on short schedules (bench/results/small.json): with twice the rate it
+    stays on the plateau, with half of it it learns less, and half or twice the batch are no better.
     """
     return replace(tiny(), preset="small", vocab_size=16_384, seq_len=128, peak_lr=1e-3, max_steps=18_000,
                    warmup_steps=1100, eval_interval=1000)
