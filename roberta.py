@@ -498,8 +498,9 @@ class LMHead(nn.Module):
 def padded_linear(hidden: Tensor, weight: Tensor, bias: Tensor, multiple: int) -> Tensor:
     """Returns hidden @ weight.T + bias, (..., C) -> (..., V), computed with V rounded up to a multiple."""
     size, lacking = len(bias), -len(bias) % multiple
-    if lacking:
-        weight, bias = F.pad(weight, (0, 0, 0, lacking)), F.pad(bias, (0, lacking))
+    if lacking == 0:  # slicing off nothing would still copy the gradient
+        return F.linear(hidden, weight, bias)
+    weight, bias = F.pad(weight, (0, 0, 0, lacking)), F.pad(bias, (0, lacking))
     return F.linear(hidden, weight, bias)[..., :size]
 
 
